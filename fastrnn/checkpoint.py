@@ -1,0 +1,377 @@
+"""Checkpoints: arrays and JSON metadata in one safetensors file, written atomically.
+
+The metadata is one JSON string, `{"metadata": {...}, "version": 1}`, under the key "fastrnn" of
+safetensors' own `__metadata__`, so every safetensors reader can open the file. Nothing in it is
+ever executed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import struct
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+__all__ = ["load", "pack_rng", "save", "unpack_rng"]
+
+_KEY = "fastrnn"
+_VERSION = 1
+# The bound that the safetensors library sets when it reads.
+_MAX_HEADER = 100_000_000
+_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "F16": np.dtype(np.float16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "F32": np.dtype(np.float32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F64": np.dtype(np.float64),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_SUPPORTED = ", ".join(dtype.name for dtype in _DTYPES.values())
+
+
+def save(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, object],
+) -> None:
+    """Write a checkpoint; whatever fails or kills the process, `path` holds the old or the new one.
+
+    The bytes depend on the arguments alone. They go to a hidden temporary file beside the target,
+    which is flushed to the disk and then takes the target's name; every failure removes it, and
+    only a kill that Python cannot see (SIGKILL, SIGTERM by default) leaves it behind. A symbolic
+    link is followed, an existing file keeps its mode and, where allowed, its owner.
+
+    Args:
+        path: the file to write; its directory must exist.
+        tensors: arrays of booleans, integers or floats by name; any shape, order and byte order.
+        metadata: JSON values by name: None, bool, int, float (also NaN and infinity), str, and
+            lists, tuples (read back as lists) and dicts with string keys of these.
+
+    Raises:
+        ValueError: something that the format cannot hold, naming it; nothing is written.
+        OSError: the file cannot be written (no permission, full disk, a directory, ...).
+    """
+    name = os.fsdecode(path)
+    header, arrays = _lay_out(name, tensors, metadata)
+    try:
+        target, previous = _find_target(name)
+        _replace(target, previous, header, arrays)
+    except OSError as error:
+        what = f"cannot save the checkpoint: {error.strerror or error}"
+        raise OSError(error.errno, what, name) from error
+    except ValueError as error:
+        raise ValueError(f"cannot save the checkpoint {name!r}: {error}") from error
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read a checkpoint: its arrays, fresh and writable and sorted by name, and its metadata.
+
+    Memory stays within a small multiple of the file's true size, whatever the file claims.
+
+    Raises:
+        OSError: the file cannot be read (FileNotFoundError, IsADirectoryError, ...).
+        ValueError: the file is not a whole, well-formed checkpoint of a known version.
+    """
+    name = os.fsdecode(path)
+    try:
+        status = os.stat(name)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("expected a regular file, got a device, pipe or socket")
+        if status.st_size == 0:
+            raise ValueError("expected a safetensors file, got an empty file")
+        return _read(name, status.st_size)
+    except OSError as error:
+        what = f"cannot load the checkpoint: {error.strerror or error}"
+        raise OSError(error.errno, what, name) from error
+    except ValueError as error:
+        raise ValueError(f"cannot load the checkpoint {name!r}: {error}") from error
+
+
+def pack_rng(rng: np.random.Generator) -> dict[str, Any]:
+    """The state of a generator as JSON values (two integers have up to 128 bits).
+
+    Raises:
+        ValueError: not a `numpy.random.Generator` over PCG64, as `default_rng` makes it.
+    """
+    if not isinstance(rng, np.random.Generator):
+        raise ValueError(f"rng: expected a numpy.random.Generator, got {type(rng).__name__}")
+    state: Any = rng.bit_generator.state
+    if state["bit_generator"] != "PCG64":
+        raise ValueError(f"rng: expected a PCG64 generator, got {state['bit_generator']}")
+    return {
+        "bit_generator": "PCG64",
+        "has_uint32": int(state["has_uint32"]),
+        "inc": int(state["state"]["inc"]),
+        "state": int(state["state"]["state"]),
+        "uinteger": int(state["uinteger"]),
+    }
+
+
+def unpack_rng(packed: Mapping[str, Any]) -> np.random.Generator:
+    """A new generator that goes on where the one given to `pack_rng` stood.
+
+    Raises:
+        ValueError: anything that `pack_rng` could not have returned, naming the field.
+    """
+    limits = {"has_uint32": 2, "inc": 1 << 128, "state": 1 << 128, "uinteger": 1 << 32}
+    if not isinstance(packed, Mapping):
+        raise ValueError(f"rng: expected a mapping, got {type(packed).__name__}")
+    if set(packed) != {"bit_generator", *limits}:
+        fields = ", ".join(["bit_generator", *limits])
+        raise ValueError(f"rng: expected the fields {fields}, got {_show(list(packed))}")
+    if packed["bit_generator"] != "PCG64":
+        raise ValueError(
+            f"rng['bit_generator']: expected 'PCG64', got {_show(packed['bit_generator'])}"
+        )
+    for field, limit in limits.items():
+        value = packed[field]
+        if type(value) is not int or not 0 <= value < limit:
+            raise ValueError(
+                f"rng[{field!r}]: expected an integer of 0..2**{limit.bit_length() - 1} - 1, got"
+                f" {_show(value)}"
+            )
+    if packed["inc"] % 2 == 0:
+        raise ValueError(f"rng['inc']: expected an odd integer, got {packed['inc']}")
+    generator = np.random.PCG64(0)
+    generator.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": packed["state"], "inc": packed["inc"]},
+        "has_uint32": packed["has_uint32"],
+        "uinteger": packed["uinteger"],
+    }
+    return np.random.Generator(generator)
+
+
+def _lay_out(
+    path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, object]
+) -> tuple[bytes, list[np.ndarray]]:
+    """The first bytes of the file, and the arrays in the order in which their data follow."""
+    for argument, value in (("tensors", tensors), ("metadata", metadata)):
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"cannot save the checkpoint {path!r}: {argument}: expected a mapping, got"
+                f" {type(value).__name__}"
+            )
+    try:
+        for name, array in tensors.items():
+            _check_tensor(name, array)
+        plain = _plain_json(metadata, "metadata")
+        described = json.dumps(
+            {"metadata": plain, "version": _VERSION}, sort_keys=True, separators=(",", ":")
+        )
+        header: dict[str, object] = {"__metadata__": {_KEY: described}}
+        # Wide items first keeps every array aligned in the file.
+        names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+        offset = 0
+        for name in names:
+            array = tensors[name]
+            header[name] = {
+                "dtype": _NAMES[array.dtype.newbyteorder("=")],
+                "shape": array.shape,
+                "data_offsets": (offset, offset + array.nbytes),
+            }
+            offset += array.nbytes
+        encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    except RecursionError:
+        raise ValueError(
+            f"cannot save the checkpoint {path!r}: metadata: expected JSON values, got nesting"
+            " without end"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"cannot save the checkpoint {path!r}: {error}") from error
+    encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > _MAX_HEADER:
+        raise ValueError(
+            f"cannot save the checkpoint {path!r}: metadata and names: expected at most"
+            f" {_MAX_HEADER} bytes as JSON, got {len(encoded)}"
+        )
+    return struct.pack("<Q", len(encoded)) + encoded, [tensors[name] for name in names]
+
+
+def _check_tensor(name: object, array: object) -> None:
+    if not isinstance(name, str) or name == "__metadata__":
+        raise ValueError(f"tensors: expected names other than '__metadata__', got {_show(name)}")
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"tensors: expected Unicode names, got {_show(name)}") from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError(
+            f"tensors[{_show(name)}]: expected a numpy array, got {type(array).__name__}"
+        )
+    if array.dtype.newbyteorder("=") not in _NAMES:
+        raise ValueError(
+            f"tensors[{_show(name)}]: expected one of the dtypes {_SUPPORTED}, got {array.dtype}"
+        )
+
+
+def _plain_json(value: object, where: str) -> object:
+    """A copy of JSON-able `value` in plain types; json.dumps alone would turn keys into strings."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"{where}: expected string keys, got {_show(key)}")
+        return {str(key): _plain_json(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"{where}: expected a JSON value, got {type(value).__name__}")
+
+
+def _find_target(path: str) -> tuple[str, os.stat_result | None]:
+    """The file that `path` leads to through symbolic links, and its status if it exists."""
+    target = os.path.realpath(path)
+    try:
+        previous = os.stat(target)
+    except FileNotFoundError:
+        previous = None
+    if os.path.basename(path) in ("", ".", "..") or (previous and stat.S_ISDIR(previous.st_mode)):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if previous is None:
+        return target, None
+    if not stat.S_ISREG(previous.st_mode):
+        raise ValueError("expected a regular file, got a device, pipe or socket")
+    # Renaming over it would need no permission, but a protected file is meant to stay.
+    if not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, "the file is read-only")
+    return target, previous
+
+
+def _replace(
+    target: str, previous: os.stat_result | None, header: bytes, arrays: Iterable[np.ndarray]
+) -> None:
+    directory = os.path.dirname(target)
+    # A short name of its own: one derived from the target's could exceed the length limit.
+    temporary = os.path.join(directory, f".fastrnn-{os.urandom(8).hex()}.tmp")
+    # Nobody may read a private file's data before its mode is restored.
+    mode = 0o666 if previous is None else 0o600
+    try:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            if previous is not None and hasattr(os, "fchmod"):
+                with suppress(OSError):
+                    os.fchown(file.fileno(), previous.st_uid, previous.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(previous.st_mode))
+            file.write(header)
+            for array in arrays:
+                plain = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+                file.write(plain.reshape(-1).view(np.uint8))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    # The rename itself is safe without this; not every system can open a directory.
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _read(path: str, size: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        opened = safe_open(path, framework="np")
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"expected a whole safetensors file, got {size} bytes that are damaged, cut short or"
+            f" something else: {error}"
+        ) from error
+    with opened as file:
+        # The library has checked the header by now, but lets the last of equal names win.
+        with open(path, "rb") as raw:
+            (length,) = struct.unpack("<Q", raw.read(8))
+            header = _parse_json(raw.read(length), "the safetensors header")
+        metadata = _parse_metadata(header.pop("__metadata__", None))
+        tensors = {}
+        for name in sorted(header):
+            dtype = _DTYPES.get(header[name]["dtype"])
+            if dtype is None:
+                raise ValueError(
+                    f"tensor {_show(name)}: expected one of the dtypes {_SUPPORTED}, got"
+                    f" {header[name]['dtype']}"
+                )
+            try:
+                array = file.get_tensor(name)
+            except Exception as error:
+                raise ValueError(f"tensor {_show(name)}: cannot be read: {error}") from error
+            tensors[name] = _own(array, dtype, name)
+    return tensors, metadata
+
+
+def _own(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    # Any other byte than 0 and 1 is a boolean that is neither true nor false to NumPy.
+    if dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
+        raise ValueError(f"tensor {_show(name)}: expected booleans of 0 or 1, got another byte")
+    return np.array(array, dtype, order="C")
+
+
+def _parse_metadata(entries: object) -> dict[str, Any]:
+    if not isinstance(entries, dict) or _KEY not in entries:
+        raise ValueError(
+            f"expected a checkpoint, got a safetensors file without the metadata entry {_KEY!r}:"
+            " another program wrote it"
+        )
+    what = f"the metadata entry {_KEY!r}"
+    described = _parse_json(entries[_KEY], what)
+    if not isinstance(described, dict) or "version" not in described:
+        raise ValueError(f"{what}: expected an object with a version, got {_show(described)}")
+    version = described["version"]
+    if type(version) is not int or version != _VERSION:
+        raise ValueError(
+            f"{what}: expected format version {_VERSION}, got {_show(version)}; a newer fastrnn may"
+            " read it"
+        )
+    if set(described) != {"metadata", "version"} or not isinstance(described["metadata"], dict):
+        raise ValueError(
+            f"{what}: expected an object 'metadata' and a version, got {_show(described)}"
+        )
+    return described["metadata"]
+
+
+def _parse_json(text: str | bytes, what: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError(f"{what}: expected JSON, got nesting without end") from None
+    except ValueError as error:
+        raise ValueError(f"{what}: expected JSON, got something else: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the name {_show(twice)} occurs twice")
+    return found
+
+
+def _show(value: object) -> str:
+    """A representation fit for a message, however large or odd the value is."""
+    try:
+        shown = ascii(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+    return shown if len(shown) <= 80 else shown[:77] + "..."

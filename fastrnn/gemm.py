@@ -1,0 +1,306 @@
+"""Matrix products on packed panels: A @ P, and A.T @ B; every product of the library is one of them.
+
+Each element of a result is one chain of multiply-adds over k in a fixed order, started from what
+the result held before. Tile shapes, panels, blocks and threads decide when a link is added, never
+in which order: that is why results have the same bits however the work is cut.
+
+A *panel* is a block of `COLS` registers of columns (fewer in the last one), stored k by k:
+`panel[k][column]`. A *strip* is its counterpart on the left: up to 3 registers of rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.extending import intrinsic
+
+from fastrnn.jit import external, helper, kernel
+from fastrnn.simd import (
+    Vec,
+    address,
+    first_lanes,
+    load_n,
+    machine,
+    multiply_add,
+    padded,
+    read,
+    read_masked,
+    splat,
+    store,
+    store_n,
+    transpose,
+    width_of,
+    write,
+    write_masked,
+)
+
+# Accumulators fill three quarters of the registers: 6 x 4 of 32, 6 x 2 of 16.
+ROWS = 6
+COLS = 4 if machine().registers == 32 else 2
+# Columns of k worked on at a time, so that a block of a panel stays in the first-level cache.
+DEPTH = 128
+# Rows of A that pass over one panel block before the next.
+HEIGHT = 96
+
+
+@intrinsic
+def _tile(typingctx, rows, cols, last, depth, a, a_row, a_k, p, init, init_row, c, c_row):
+    """C[rows, cols registers] = init + sum over k of A[row, k] * P[k, column], on pointers.
+
+    `last` lanes of the last register of columns exist in init and C. Distances between rows and
+    between k are in elements.
+    """
+    vec = Vec(c.dtype)
+    i = types.intp
+
+    def codegen(context, builder, sig, args):
+        rows, cols, last, depth, a_base, a_row, a_k, p_base, i_base, init_row, c_base, c_row = args
+        intp = rows.type
+        mask = first_lanes(builder, vec, last)
+        done = builder.append_basic_block("tile.done")
+        shape = builder.add(builder.mul(rows, ir.Constant(intp, COLS + 1)), cols)
+        choice = builder.switch(shape, done)
+
+        def element(base, row, distance, offset):
+            at = builder.add(builder.mul(distance, ir.Constant(intp, row)), offset)
+            return builder.gep(base, [at])
+
+        def tile(height, width):
+            """The loop over k with height x width registers of sums."""
+            entry = builder.block
+            starts = []
+            for row in range(height):
+                for col in range(width):
+                    pointer = element(i_base, row, init_row, ir.Constant(intp, col * vec.lanes))
+                    part = col == width - 1
+                    value = read_masked(builder, vec, pointer, mask) if part else read(builder, vec, pointer)
+                    starts.append(value)
+            loop = builder.append_basic_block("tile.loop")
+            end = builder.append_basic_block("tile.end")
+            builder.cbranch(builder.icmp_signed(">", depth, ir.Constant(intp, 0)), loop, end)
+            entry = builder.block
+            builder.position_at_end(loop)
+            k = builder.phi(intp)
+            a_off = builder.phi(intp)
+            p_off = builder.phi(intp)
+            sums = [builder.phi(vec.llvm) for _ in starts]
+            panel = [
+                read(builder, vec, builder.gep(p_base, [builder.add(p_off, ir.Constant(intp, col * vec.lanes))]))
+                for col in range(width)
+            ]
+            news = []
+            for row in range(height):
+                x = splat(builder, vec, builder.load(element(a_base, row, a_row, a_off)))
+                for col in range(width):
+                    news.append(multiply_add(builder, vec, x, panel[col], sums[row * width + col]))
+            k_next = builder.add(k, ir.Constant(intp, 1))
+            for phi, start, step in (
+                (k, ir.Constant(intp, 0), k_next),
+                (a_off, ir.Constant(intp, 0), builder.add(a_off, a_k)),
+                (p_off, ir.Constant(intp, 0), builder.add(p_off, ir.Constant(intp, width * vec.lanes))),
+                *zip(sums, starts, news, strict=True),
+            ):
+                phi.add_incoming(start, entry)
+                phi.add_incoming(step, loop)
+            builder.cbranch(builder.icmp_signed("<", k_next, depth), loop, end)
+            builder.position_at_end(end)
+            results = []
+            for start, new in zip(starts, news, strict=True):
+                result = builder.phi(vec.llvm)
+                result.add_incoming(start, entry)
+                result.add_incoming(new, loop)
+                results.append(result)
+            for row in range(height):
+                for col in range(width):
+                    pointer = element(c_base, row, c_row, ir.Constant(intp, col * vec.lanes))
+                    value = results[row * width + col]
+                    if col == width - 1:
+                        write_masked(builder, vec, value, pointer, mask)
+                    else:
+                        write(builder, vec, value, pointer)
+            builder.branch(done)
+
+        for height in range(1, ROWS + 1):
+            for width in range(1, COLS + 1):
+                block = builder.append_basic_block(f"tile.{height}x{width}")
+                choice.add_case(ir.Constant(intp, height * (COLS + 1) + width), block)
+                builder.position_at_end(block)
+                tile(height, width)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(i, i, i, i, a, i, i, p, init, i, c, i), codegen
+
+
+def _tile_function(rows, cols, last, depth, a, a_row, a_k, p, init, init_row, c, c_row):
+    _tile(rows, cols, last, depth, a, a_row, a_k, p, init, init_row, c, c_row)
+
+
+def _tile_signature(dtype):
+    i, pointer = types.intp, types.CPointer(dtype)
+    return types.void(i, i, i, i, pointer, i, i, pointer, pointer, i, pointer, i)
+
+
+# Compiled once for each dtype and linked by name: most of the machine code of every kernel is here.
+_TILE = {dtype: external(f"fastrnn_tile_{dtype}", _tile_function, _tile_signature(dtype), dtype)
+         for dtype in (types.float32, types.float64)}
+
+
+@intrinsic
+def tile(typingctx, rows, cols, last, depth, a, a_at, a_row, a_k, p, p_at, init, init_at, init_row, c, c_at, c_row):
+    """`_tile` on arrays, each with the offset of its first element."""
+    i = types.intp
+
+    def codegen(context, builder, sig, args):
+        def pointer(n):
+            return address(context, builder, sig.args[n], args[n], args[n + 1])
+
+        numbers = [args[0], args[1], args[2], args[3], pointer(4), args[6], args[7], pointer(8),
+                   pointer(10), args[12], pointer(13), args[15]]
+        kind = ir.FunctionType(ir.VoidType(), [x.type for x in numbers])
+        name = _TILE[c.dtype]
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), numbers)
+        return context.get_dummy_value()
+
+    return types.void(i, i, i, i, a, i, i, i, p, i, init, i, i, c, i, i), codegen
+
+
+@helper
+def scratch(like, count):
+    """`count` uninitialised numbers on a register boundary."""
+    raw = np.empty(count + 16, like.dtype)
+    skip = (-raw.ctypes.data % 64) // raw.itemsize
+    return raw[skip : skip + count]
+
+
+@helper
+def multiply(m, n, k, a, a_at, a_row, p, init, init_at, init_row, c, c_at, c_row):
+    """C[m, n] = init[m, n] + A[m, k] @ P.
+
+    Rows of A, init and C lie `_row` elements apart and begin at `_at`; a distance of 0 repeats one
+    row. P holds panels of depth k for n columns. C may be init.
+    """
+    w = width_of(c)
+    for top in range(0, m, HEIGHT):
+        height = min(HEIGHT, m - top)
+        tiles = (height + ROWS - 1) // ROWS
+        for left in range(0, n, COLS * w):
+            width = min(COLS * w, n - left)
+            cols = (width + w - 1) // w
+            last = width - (cols - 1) * w
+            for deep in range(0, k, DEPTH):
+                depth = min(DEPTH, k - deep)
+                panel = left * k + deep * cols * w
+                for q in range(tiles):
+                    row = top + height * q // tiles
+                    rows = top + height * (q + 1) // tiles - row
+                    at = c_at + row * c_row + left
+                    first = a_at + row * a_row + deep
+                    if deep == 0:
+                        start = init_at + row * init_row + left
+                        tile(rows, cols, last, depth, a, first, a_row, 1, p, panel, init, start, init_row, c, at, c_row)
+                    else:
+                        tile(rows, cols, last, depth, a, first, a_row, 1, p, panel, c, at, c_row, c, at, c_row)
+
+
+@helper
+def accumulate(steps, batch, d, d_row, run, size, first, end, x, x_row, m, out, sums):
+    """out[g*size + u, :] += sum of d[row, g*run + u] * x[row, :m]; sums[g*size + u] += sum of d.
+
+    Rows are (step, sequence) pairs, taken in the order in which backpropagation meets them: last
+    step first, sequences in order. Only the register blocks [first, end) of the runs are done.
+    """
+    w = width_of(out)
+    wide = COLS * w
+    blocks = (size + w - 1) // w
+    total = steps * batch
+    panel = scratch(out, DEPTH * ((m + w - 1) // w) * w)
+    strip = scratch(out, DEPTH * 3 * w)
+    rows = np.empty(DEPTH, np.intp)
+    for start in range(0, total, DEPTH):
+        depth = min(DEPTH, total - start)
+        for j in range(depth):
+            k = start + j
+            rows[j] = (steps - 1 - k // batch) * batch + k % batch
+        for left in range(0, m, wide):
+            cols = (min(wide, m - left) + w - 1) // w
+            for j in range(depth):
+                for col in range(left, left + cols * w, w):
+                    store(panel, left * depth + j * cols * w + col - left, load_n(x, rows[j] * x_row + col, m - col))
+        block = first
+        while block < end:
+            g = block // blocks
+            u = (block - g * blocks) * w
+            take = min(3, end - block, blocks - block % blocks)
+            for i in range(take):
+                unit = u + i * w
+                total_d = load_n(sums, g * size + unit, size - unit)
+                for j in range(depth):
+                    value = load_n(d, rows[j] * d_row + g * run + unit, size - unit)
+                    total_d = total_d + value
+                    store(strip, (j * take + i) * w, value)
+                store_n(sums, g * size + unit, total_d, size - unit)
+            height = min(take * w, size - u)
+            tiles = (height + ROWS - 1) // ROWS
+            for left in range(0, m, wide):
+                width = min(wide, m - left)
+                cols = (width + w - 1) // w
+                last = width - (cols - 1) * w
+                for q in range(tiles):
+                    row = height * q // tiles
+                    count = height * (q + 1) // tiles - row
+                    at = (g * size + u + row) * m + left
+                    tile(count, cols, last, depth, strip, row, 1, take * w, panel, left * depth, out, at, m, out, at, m)
+            block += take
+
+
+@kernel
+def pack_transposed(part, parts, weight, order, size, cols, p):
+    """Panels of `weight.T`: column g*run + u is row order[g]*size + u of weight, zero in the padding.
+
+    `cols` registers make a panel: COLS for `multiply`; all of them for rows to be gathered.
+    """
+    w = width_of(weight)
+    k = weight.shape[1]
+    blocks = (size + w - 1) // w
+    total = blocks * order.size
+    for q in range(total * part // parts, total * (part + 1) // parts):
+        g = q // blocks
+        u = (q - g * blocks) * w
+        row = order[g] * size + u
+        valid = min(w, size - u)
+        group = q // cols
+        step = min(cols, total - group * cols) * w
+        base = group * cols * w * k + (q - group * cols) * w
+        whole = k - k % w if valid == w else 0
+        for j in range(0, whole, w):
+            transpose(weight, row * k + j, k, p, base + j * step, step)
+        for j in range(whole, k):
+            for i in range(valid):
+                p[base + j * step + i] = weight[row + i, j]
+            for i in range(valid, w):
+                p[base + j * step + i] = 0
+
+
+@kernel
+def pack(part, parts, weight, order, size, run, p):
+    """Panels of `weight`: row g*run + u of the panels is row order[g]*size + u, zero in between."""
+    w = width_of(weight)
+    n = weight.shape[1]
+    depth = order.size * run
+    for k in range(depth * part // parts, depth * (part + 1) // parts):
+        g = k // run
+        u = k - g * run
+        row = order[g] * size + u
+        for left in range(0, n, COLS * w):
+            cols = (min(COLS * w, n - left) + w - 1) // w
+            for col in range(left, left + cols * w, w):
+                at = left * depth + k * cols * w + col - left
+                store(p, at, load_n(weight, row * n + col, n - col if u < size else 0))
+
+
+def panels(depth: int, columns: int, dtype: np.dtype) -> int:
+    """How many numbers the panels of a (depth, columns) matrix hold."""
+    return depth * padded(columns, dtype)

@@ -1,0 +1,36 @@
+"""The truth: every model of fastrnn in plain NumPy, one line per equation.
+
+The rules of this folder
+------------------------
+* NumPy only. Nothing here imports the rest of fastrnn, so a fault in a kernel cannot hide here.
+* Written to be read. A line per equation, the names of docs/notation.md, PyTorch's semantics,
+  parameter keys, shapes and gate orders. Speed does not count, and arguments are not checked.
+* Pure: no argument is written to. What backward needs stands in ``saved``, which refers to ``x``.
+* Results have the floating dtype of the parameters.
+* Every gradient is proved against finite differences in float64 and against PyTorch, and the
+  kernels are proved against this folder.
+
+A cell module (rnn, gru, lstm) is one layer in one direction and offers
+
+    GATES, STATES                                    names, in the order of rows and of ``state``
+    forward(params, x, state, **options)             -> (output, state, saved)
+    backward(params, saved, d_output, d_state)       -> (d_x, d_state, grads)
+
+with  params   weight_ih (G*H, I), weight_hh (G*H, H) and, unless the layer has no biases,
+               bias_ih (G*H,), bias_hh (G*H,); ``grads`` has the same keys
+      x        (T, B, I), or integer tokens (T, B) that stand for one-hot rows of width I
+      state    (h,) or (h, c), each (B, H): the initial state in, the final state out
+      output   (T, B, H)
+      d_state  gradients of the final state in, of the initial state out
+      d_x      (T, B, I), or None for tokens
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from fastrnn.reference import gru, lstm, rnn
+
+__all__ = ["CELLS"]
+
+CELLS: dict[str, ModuleType] = {"rnn": rnn, "gru": gru, "lstm": lstm}
