@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import reprlib
 import stat
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -134,17 +136,17 @@ def unpack_rng(packed: Mapping[str, Any]) -> np.random.Generator:
         raise ValueError(f"rng: expected a mapping, got {type(packed).__name__}")
     if set(packed) != {"bit_generator", *limits}:
         fields = ", ".join(["bit_generator", *limits])
-        raise ValueError(f"rng: expected the fields {fields}, got {_show(list(packed))}")
+        raise ValueError(f"rng: expected the fields {fields}, got {reprlib.repr(list(packed))}")
     if packed["bit_generator"] != "PCG64":
         raise ValueError(
-            f"rng['bit_generator']: expected 'PCG64', got {_show(packed['bit_generator'])}"
+            f"rng['bit_generator']: expected 'PCG64', got {reprlib.repr(packed['bit_generator'])}"
         )
     for field, limit in limits.items():
         value = packed[field]
         if type(value) is not int or not 0 <= value < limit:
             raise ValueError(
                 f"rng[{field!r}]: expected an integer of 0..2**{limit.bit_length() - 1} - 1, got"
-                f" {_show(value)}"
+                f" {reprlib.repr(value)}"
             )
     if packed["inc"] % 2 == 0:
         raise ValueError(f"rng['inc']: expected an odd integer, got {packed['inc']}")
@@ -206,18 +208,21 @@ def _lay_out(
 
 def _check_tensor(name: object, array: object) -> None:
     if not isinstance(name, str) or name == "__metadata__":
-        raise ValueError(f"tensors: expected names other than '__metadata__', got {_show(name)}")
+        raise ValueError(
+            f"tensors: expected names other than '__metadata__', got {reprlib.repr(name)}"
+        )
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"tensors: expected Unicode names, got {_show(name)}") from None
+        raise ValueError(f"tensors: expected Unicode names, got {reprlib.repr(name)}") from None
     if not isinstance(array, np.ndarray):
         raise ValueError(
-            f"tensors[{_show(name)}]: expected a numpy array, got {type(array).__name__}"
+            f"tensors[{reprlib.repr(name)}]: expected a numpy array, got {type(array).__name__}"
         )
-    if array.dtype.newbyteorder("=") not in _NAMES:
+    # The kind comes first: some new-style dtypes have no byte order to ask for.
+    if array.dtype.kind not in "biuf" or array.dtype.newbyteorder("=") not in _NAMES:
         raise ValueError(
-            f"tensors[{_show(name)}]: expected one of the dtypes {_SUPPORTED}, got {array.dtype}"
+            f"tensors[{reprlib.repr(name)}]: expected one of the dtypes {_SUPPORTED}, got {array.dtype}"
         )
 
 
@@ -226,7 +231,7 @@ def _plain_json(value: object, where: str) -> object:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise ValueError(f"{where}: expected string keys, got {_show(key)}")
+                raise ValueError(f"{where}: expected string keys, got {reprlib.repr(key)}")
         return {str(key): _plain_json(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
@@ -242,7 +247,8 @@ def _find_target(path: str) -> tuple[str, os.stat_result | None]:
         previous = os.stat(target)
     except FileNotFoundError:
         previous = None
-    if os.path.basename(path) in ("", ".", "..") or (previous and stat.S_ISDIR(previous.st_mode)):
+    is_directory = previous is not None and stat.S_ISDIR(previous.st_mode)
+    if is_directory or os.path.basename(path) in ("", ".", ".."):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if previous is None:
         return target, None
@@ -265,13 +271,15 @@ def _replace(
     try:
         with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             if previous is not None and hasattr(os, "fchmod"):
+                # Not every user may give files away, nor has every file system modes.
                 with suppress(OSError):
                     os.fchown(file.fileno(), previous.st_uid, previous.st_gid)
-                os.fchmod(file.fileno(), stat.S_IMODE(previous.st_mode))
+                with suppress(OSError):
+                    os.fchmod(file.fileno(), stat.S_IMODE(previous.st_mode))
             file.write(header)
             for array in arrays:
                 plain = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-                file.write(plain.reshape(-1).view(np.uint8))
+                file.write(plain.reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -291,39 +299,41 @@ def _replace(
 def _read(path: str, size: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         opened = safe_open(path, framework="np")
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         raise ValueError(
             f"expected a whole safetensors file, got {size} bytes that are damaged, cut short or"
             f" something else: {error}"
         ) from error
+    # Everything returned comes from this one open file: a save may replace the path meanwhile.
     with opened as file:
         # The library has checked the header by now, but lets the last of equal names win.
         with open(path, "rb") as raw:
             (length,) = struct.unpack("<Q", raw.read(8))
-            header = _parse_json(raw.read(length), "the safetensors header")
-        metadata = _parse_metadata(header.pop("__metadata__", None))
-        tensors = {}
-        for name in sorted(header):
-            dtype = _DTYPES.get(header[name]["dtype"])
-            if dtype is None:
-                raise ValueError(
-                    f"tensor {_show(name)}: expected one of the dtypes {_SUPPORTED}, got"
-                    f" {header[name]['dtype']}"
-                )
-            try:
-                array = file.get_tensor(name)
-            except Exception as error:
-                raise ValueError(f"tensor {_show(name)}: cannot be read: {error}") from error
-            tensors[name] = _own(array, dtype, name)
-    return tensors, metadata
+            _parse_json(raw.read(length), "the safetensors header")
+        metadata = _parse_metadata(file.metadata())
+        return {name: _read_tensor(file, name) for name in sorted(file.keys())}, metadata
 
 
-def _own(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def _read_tensor(file: Any, name: str) -> np.ndarray:
+    try:
+        stored = file.get_slice(name).get_dtype()
+        dtype = _DTYPES.get(stored)
+        array = None if dtype is None else file.get_tensor(name)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"tensor {reprlib.repr(name)}: cannot be read: {error}") from error
+    if dtype is None or array is None:
+        raise ValueError(
+            f"tensor {reprlib.repr(name)}: expected one of the dtypes {_SUPPORTED}, got {stored}"
+        )
     # Any other byte than 0 and 1 is a boolean that is neither true nor false to NumPy.
     if dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
-        raise ValueError(f"tensor {_show(name)}: expected booleans of 0 or 1, got another byte")
+        raise ValueError(
+            f"tensor {reprlib.repr(name)}: expected booleans of 0 or 1, got another byte"
+        )
     return np.array(array, dtype, order="C")
 
 
@@ -336,16 +346,18 @@ def _parse_metadata(entries: object) -> dict[str, Any]:
     what = f"the metadata entry {_KEY!r}"
     described = _parse_json(entries[_KEY], what)
     if not isinstance(described, dict) or "version" not in described:
-        raise ValueError(f"{what}: expected an object with a version, got {_show(described)}")
+        raise ValueError(
+            f"{what}: expected an object with a version, got {reprlib.repr(described)}"
+        )
     version = described["version"]
     if type(version) is not int or version != _VERSION:
         raise ValueError(
-            f"{what}: expected format version {_VERSION}, got {_show(version)}; a newer fastrnn may"
+            f"{what}: expected format version {_VERSION}, got {reprlib.repr(version)}; a newer fastrnn may"
             " read it"
         )
     if set(described) != {"metadata", "version"} or not isinstance(described["metadata"], dict):
         raise ValueError(
-            f"{what}: expected an object 'metadata' and a version, got {_show(described)}"
+            f"{what}: expected an object 'metadata' and a version, got {reprlib.repr(described)}"
         )
     return described["metadata"]
 
@@ -356,22 +368,14 @@ def _parse_json(text: str | bytes, what: str) -> Any:
     except RecursionError:
         raise ValueError(f"{what}: expected JSON, got nesting without end") from None
     except ValueError as error:
-        raise ValueError(f"{what}: expected JSON, got something else: {error}") from error
+        raise ValueError(
+            f"{what}: expected JSON with distinct names, got something else: {error}"
+        ) from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"the name {_show(twice)} occurs twice")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {reprlib.repr(twice)} occurs twice")
     return found
-
-
-def _show(value: object) -> str:
-    """A representation fit for a message, however large or odd the value is."""
-    try:
-        shown = ascii(value)
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__}"
-    return shown if len(shown) <= 80 else shown[:77] + "..."

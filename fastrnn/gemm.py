@@ -176,11 +176,12 @@ def scratch(like, count):
 
 
 @helper
-def multiply(m, n, k, a, a_at, a_row, p, init, init_at, init_row, c, c_at, c_row):
-    """C[m, n] = init[m, n] + A[m, k] @ P.
+def multiply(groups, m, n, k, a, a_at, a_row, a_group, p, init, init_at, init_row, c, c_at, c_row, c_group):
+    """C[m, n] = init[m, n] + A[m, k] @ P, for `groups` such blocks of A and C.
 
-    Rows of A, init and C lie `_row` elements apart and begin at `_at`; a distance of 0 repeats one
-    row. P holds panels of depth k for n columns. C may be init.
+    Rows of A, init and C lie `_row` elements apart, groups `_group` apart; the first is at `_at`.
+    A distance of 0 repeats one row of init. P holds panels of depth k for n columns. C may be init
+    where there is one group.
     """
     w = width_of(c)
     for top in range(0, m, HEIGHT):
@@ -193,21 +194,22 @@ def multiply(m, n, k, a, a_at, a_row, p, init, init_at, init_row, c, c_at, c_row
             for deep in range(0, k, DEPTH):
                 depth = min(DEPTH, k - deep)
                 panel = left * k + deep * cols * w
-                for q in range(tiles):
-                    row = top + height * q // tiles
-                    rows = top + height * (q + 1) // tiles - row
-                    at = c_at + row * c_row + left
-                    first = a_at + row * a_row + deep
-                    if deep == 0:
-                        start = init_at + row * init_row + left
-                        tile(rows, cols, last, depth, a, first, a_row, 1, p, panel, init, start, init_row, c, at, c_row)
-                    else:
-                        tile(rows, cols, last, depth, a, first, a_row, 1, p, panel, c, at, c_row, c, at, c_row)
+                for group in range(groups):
+                    for q in range(tiles):
+                        row = top + height * q // tiles
+                        rows = top + height * (q + 1) // tiles - row
+                        at = c_at + group * c_group + row * c_row + left
+                        first = a_at + group * a_group + row * a_row + deep
+                        if deep == 0:
+                            start = init_at + row * init_row + left
+                            tile(rows, cols, last, depth, a, first, a_row, 1, p, panel, init, start, init_row, c, at, c_row)
+                        else:
+                            tile(rows, cols, last, depth, a, first, a_row, 1, p, panel, c, at, c_row, c, at, c_row)
 
 
 @helper
-def accumulate(steps, batch, d, d_row, run, size, first, end, x, x_row, m, out, sums):
-    """out[g*size + u, :] += sum of d[row, g*run + u] * x[row, :m]; sums[g*size + u] += sum of d.
+def accumulate(steps, batch, d, d_at, d_row, run, size, order, first, end, x, x_row, m, out, sums):
+    """out[order[g]*size + u, :] += sum of d[row, g*run + u] * x[row, :m]; sums likewise of d alone.
 
     Rows are (step, sequence) pairs, taken in the order in which backpropagation meets them: last
     step first, sequences in order. Only the register blocks [first, end) of the runs are done.
@@ -228,20 +230,21 @@ def accumulate(steps, batch, d, d_row, run, size, first, end, x, x_row, m, out, 
             cols = (min(wide, m - left) + w - 1) // w
             for j in range(depth):
                 for col in range(left, left + cols * w, w):
-                    store(panel, left * depth + j * cols * w + col - left, load_n(x, rows[j] * x_row + col, m - col))
+                    value = load_n(x, rows[j] * x_row + col, m - col)
+                    store(panel, left * depth + j * cols * w + col - left, value)
         block = first
         while block < end:
             g = block // blocks
             u = (block - g * blocks) * w
+            into = order[g] * size + u
             take = min(3, end - block, blocks - block % blocks)
-            for i in range(take):
-                unit = u + i * w
-                total_d = load_n(sums, g * size + unit, size - unit)
+            for i in range(0, take * w, w):
+                total_d = load_n(sums, into + i, size - u - i)
                 for j in range(depth):
-                    value = load_n(d, rows[j] * d_row + g * run + unit, size - unit)
+                    value = load_n(d, d_at + rows[j] * d_row + g * run + u + i, size - u - i)
                     total_d = total_d + value
-                    store(strip, (j * take + i) * w, value)
-                store_n(sums, g * size + unit, total_d, size - unit)
+                    store(strip, j * take * w + i, value)
+                store_n(sums, into + i, total_d, size - u - i)
             height = min(take * w, size - u)
             tiles = (height + ROWS - 1) // ROWS
             for left in range(0, m, wide):
@@ -251,9 +254,67 @@ def accumulate(steps, batch, d, d_row, run, size, first, end, x, x_row, m, out, 
                 for q in range(tiles):
                     row = height * q // tiles
                     count = height * (q + 1) // tiles - row
-                    at = (g * size + u + row) * m + left
+                    at = (into + row) * m + left
                     tile(count, cols, last, depth, strip, row, 1, take * w, panel, left * depth, out, at, m, out, at, m)
             block += take
+
+
+@helper
+def scatter(tokens, d, d_at, d_row, n, first, end, out, sums):
+    """out[token, first:end] += d[row, first:end]: `accumulate` for rows that are one-hot.
+
+    tokens (T, B); out (V, n). The same order of rows; sums[first:end] adds up d.
+    """
+    w = width_of(out)
+    steps, batch = tokens.shape
+    for t in range(steps - 1, -1, -1):
+        for b in range(batch):
+            source = d_at + (t * batch + b) * d_row
+            target = tokens[t, b] * n
+            for j in range(first, end, w):
+                value = load_n(d, source + j, end - j)
+                store_n(out, target + j, load_n(out, target + j, end - j) + value, end - j)
+                store_n(sums, j, load_n(sums, j, end - j) + value, end - j)
+
+
+@kernel
+def affine(part, parts, x, p, bias, y):
+    """y = x @ P + bias for the part'th slice of rows: x (N, I), P by `pack_transposed`, y (N, O)."""
+    count, size = x.shape
+    n = y.shape[1]
+    first = count * part // parts
+    rows = count * (part + 1) // parts - first
+    multiply(1, rows, n, size, x, first * size, size, 0, p, bias, 0, 0, y, first * n, n, 0)
+
+
+@kernel
+def affine_gradients(part, parts, x, d_y, p, zeros, d_x, d_weight, d_bias):
+    """Add to d_weight (O, I) and d_bias (O,), fill d_x (N, I) or (0, I), from d_y (T, B, O).
+
+    x (T, B, I); P is the weight by `pack`; zeros (I,).
+    """
+    steps, batch, n = d_y.shape
+    size = x.shape[2]
+    blocks = (n + width_of(x) - 1) // width_of(x)
+    first, end = blocks * part // parts, blocks * (part + 1) // parts
+    order = np.zeros(1, np.intp)
+    accumulate(
+        steps, batch, d_y, 0, n, n, n, order, first, end, x, size, size, d_weight, d_bias
+    )  # fmt: skip
+    count = d_x.shape[0]
+    top = count * part // parts
+    rows = count * (part + 1) // parts - top
+    multiply(1, rows, size, n, d_y, top * n, n, 0, p, zeros, 0, 0, d_x, top * size, size, 0)
+
+
+@kernel
+def scatter_rows(part, parts, tokens, d, out, sums):
+    """out[token] += d[row] for the part'th slice of columns: tokens (T, B), d (T, B, E), out (V, E)."""
+    n = out.shape[1]
+    w = width_of(out)
+    blocks = (n + w - 1) // w
+    first, end = blocks * part // parts * w, min(n, blocks * (part + 1) // parts * w)
+    scatter(tokens, d, 0, n, n, first, end, out, sums)
 
 
 @kernel

@@ -320,6 +320,12 @@ def broadcast(typingctx, array, value):
 
 
 @intrinsic
+def zero(typingctx, like):
+    """A register of zeros."""
+    return like(like), lambda context, builder, sig, args: ir.Constant(like.llvm, None)
+
+
+@intrinsic
 def select_greater(typingctx, a, b, x, y):
     """`x` where `a > b`, else `y` (also where a or b is NaN)."""
     vec = _vec_of(a, b, x, y)

@@ -17,6 +17,7 @@ import importlib.util
 import itertools
 import os
 import re
+import reprlib
 import sys
 import unicodedata
 from collections import Counter
@@ -149,14 +150,13 @@ class Vocabulary:
         """
         if type(config) is not dict:
             raise ValueError(f"vocabulary: expected a dict, got {_name_type(config)}")
-        level = config.get("level")
-        _check_level(level)
+        level = _check_level(config.get("level"))
         expected = {"level"} if level == "byte" else {"level", "tokens"}
         for field in config:
             if field not in expected:
                 raise ValueError(
                     f"vocabulary: expected the fields {sorted(expected)} for level {level!r}, got"
-                    f" {_show(field)}"
+                    f" {reprlib.repr(field)}"
                 )
         tokens = config.get("tokens")
         if level != "byte" and type(tokens) is not list:
@@ -331,8 +331,8 @@ def default_corpus() -> str:
 
 
 def _fallback_corpus() -> str:
-    values = (value for _, value in sorted(vars(builtins).items()))
-    parts = [value.__doc__ for value in values if isinstance(value.__doc__, str)]
+    names = sorted(name for name in vars(builtins) if not name.startswith("_"))
+    parts = [getattr(builtins, name).__doc__ or "" for name in names]
     for module in ("argparse", "difflib", "doctest", "inspect", "statistics", "textwrap", "typing"):
         spec = importlib.util.find_spec(module)
         read_source = getattr(spec and spec.loader, "get_source", None)
@@ -378,9 +378,10 @@ def _words(text: str) -> Iterator[str]:
     return map(re.Match.group, _word_pattern().finditer(text))
 
 
-def _check_level(level: object) -> None:
+def _check_level(level: object) -> str:
     if not (isinstance(level, str) and level in LEVELS):
-        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {_show(level)}")
+        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {reprlib.repr(level)}")
+    return level
 
 
 def _check_text(text: object, level: str) -> None:
@@ -392,7 +393,9 @@ def _check_text(text: object, level: str) -> None:
 
 def _check_int(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {_show(value)}")
+        raise ValueError(
+            f"{name}: expected an integer of at least {least}, got {reprlib.repr(value)}"
+        )
 
 
 def _check_tokens(level: str, tokens: Iterable[str] | None) -> tuple[str, ...]:
@@ -403,31 +406,24 @@ def _check_tokens(level: str, tokens: Iterable[str] | None) -> tuple[str, ...]:
         raise ValueError(f"tokens: expected at most {_MAX_TOKENS} entries, got more")
     if checked[:2] != _SPECIALS:
         raise ValueError(
-            f"tokens: expected {_UNK} and {_EOS} in front, got {_show(list(checked[:2]))}"
+            f"tokens: expected {_UNK} and {_EOS} in front, got {reprlib.repr(list(checked[:2]))}"
         )
     for index, token in enumerate(checked[2:], 2):
         if type(token) is not str:
             raise ValueError(f"tokens[{index}]: expected a string, got {_name_type(token)}")
         if level == "char" and len(token) != 1:
-            raise ValueError(f"tokens[{index}]: expected one character, got {_show(token)}")
+            raise ValueError(f"tokens[{index}]: expected one character, got {reprlib.repr(token)}")
         if level == "word" and token.split() != [token]:
             raise ValueError(
-                f"tokens[{index}]: expected a word without white space, got {_show(token)}"
+                f"tokens[{index}]: expected a word without white space, got {reprlib.repr(token)}"
             )
     if len(set(checked)) != len(checked):
         token, count = Counter(checked).most_common(1)[0]
-        raise ValueError(f"tokens: expected each token once, got {_show(token)} {count} times")
+        raise ValueError(
+            f"tokens: expected each token once, got {reprlib.repr(token)} {count} times"
+        )
     return checked
 
 
 def _name_type(value: object) -> str:
     return type(value).__name__
-
-
-def _show(value: object) -> str:
-    """A representation fit for a message, however large or odd the value is."""
-    try:
-        shown = ascii(value)
-    except (ValueError, RecursionError):
-        return f"a {_name_type(value)}"
-    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -1,0 +1,140 @@
+"""What a cell is: its arithmetic for one register of hidden units at one step, and a few counts.
+
+A cell knows nothing of time, batch, threads or memory. Its module has two compiled functions:
+
+    forward(x, a, h, carry) -> h, carry, tape
+    backward(tape, h_prev, h, carry_prev, carry, d_h, d_carry) -> d_tape, d_h_prev, d_carry_prev
+
+x     what the input adds to each gate, a tuple of `gates` registers: W_x x_t + b_x
+a     what the state adds to each gate: W_h h_{t-1} + b_h
+h     the hidden state, before (argument) and after (result) the step
+carry a tuple of the further states, for the LSTM (c,)
+tape  a tuple of what backward needs; it returns there the gradients of the gates
+
+`d_tape` holds runs of gate gradients: the first `gates` runs belong to x, the `gates` runs from `tail` on belong to a
+(one array for both, since all but the GRU's candidate are the same number). `d_h_prev` is only what
+flows to h_{t-1} past the matrix W_h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core.datamodel import models
+from numba.core.extending import intrinsic, overload, register_model, typeof_impl, unbox
+from numba.core.pythonapi import NativeValue
+
+from fastrnn.simd import Vec, address, read, write
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A cell as kernels see it. Orders are of PyTorch's gates, for the runs of the tape.
+
+    name     what kernels and caches know it by
+    gates    products per unit: rows of the weights are `gates * H`
+    tape     runs kept per unit for backward
+    tail     first run of the gradients that belong to the state
+    carries  states beyond h
+    order_x, order_h   which gate of the weights each run of x and of a is
+    """
+
+    name: str
+    gates: int
+    tape: int
+    tail: int
+    carries: int
+    order_x: tuple[int, ...]
+    order_h: tuple[int, ...]
+    forward: Callable
+    backward: Callable
+
+
+class CellType(types.Type):
+    """A cell as a Numba type: kernels choose its functions when they are compiled."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+        super().__init__(name=f"Cell({cell.name})")
+
+
+@register_model(CellType)
+class _CellModel(models.OpaqueModel):
+    pass
+
+
+@typeof_impl.register(Cell)
+def _typeof_cell(value: Cell, context: Any) -> CellType:
+    return CellType(value)
+
+
+@unbox(CellType)
+def _unbox_cell(kind: Any, value: Any, context: Any) -> NativeValue:
+    return NativeValue(context.context.get_dummy_value())
+
+
+def forward(cell, x, a, h, carry):
+    """The cell's forward, chosen at compile time."""
+
+
+def backward(cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry):
+    """The cell's backward, chosen at compile time."""
+
+
+@overload(forward)
+def _forward(cell, x, a, h, carry):
+    function = cell.cell.forward
+    return lambda cell, x, a, h, carry: function(x, a, h, carry)
+
+
+@overload(backward)
+def _backward(cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry):
+    function = cell.cell.backward
+    return lambda cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry: function(
+        tape, h_prev, h, carry_prev, carry, d_h, d_carry
+    )
+
+
+def _runs(count_of: str) -> Any:
+    @intrinsic
+    def load_runs(typingctx, cell, array, at, distance):
+        vec = Vec(array.dtype)
+        result = types.UniTuple(vec, getattr(cell.cell, count_of))
+        i = types.intp
+
+        def codegen(context, builder, sig, args):
+            _, value, at, distance = args
+            parts = []
+            for run in range(result.count):
+                offset = builder.add(at, builder.mul(distance, ir.Constant(at.type, run)))
+                parts.append(read(builder, vec, address(context, builder, array, value, offset)))
+            return context.make_tuple(builder, result, parts)
+
+        return result(cell, array, i, i), codegen
+
+    return load_runs
+
+
+load_gates = _runs("gates")
+load_tape = _runs("tape")
+load_carry = _runs("carries")
+
+
+@intrinsic
+def store_runs(typingctx, array, at, distance, values):
+    """Store each register of a tuple, `distance` elements apart."""
+    i = types.intp
+
+    def codegen(context, builder, sig, args):
+        value, at, distance, values = args
+        for run in range(len(sig.args[3])):
+            offset = builder.add(at, builder.mul(distance, ir.Constant(at.type, run)))
+            pointer = address(context, builder, array, value, offset)
+            write(builder, Vec(array.dtype), builder.extract_value(values, run), pointer)
+        return context.get_dummy_value()
+
+    return types.void(array, i, i, values), codegen

@@ -1,0 +1,130 @@
+"""What arguments may be: each check names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def as_dtype(dtype: Any) -> np.dtype:
+    """float32 or float64."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise ValueError(f"dtype: expected float32 or float64, got {dtype!r}")
+    return found
+
+
+def as_size(name: str, value: Any, least: int = 1) -> int:
+    """An integer from `least`."""
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+    if size < least:
+        raise ValueError(f"{name}: expected at least {least}, got {size}")
+    return size
+
+
+def as_number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+    """A finite number in [low, high), or in (low, high) with `open_low`."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    if not (low < number < high or (number == low and not open_low)):
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name}: expected a number in {bracket}{low:g}, {high:g}), got {value!r}")
+    return number
+
+
+def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """One of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def as_array(name: str, value: Any) -> np.ndarray:
+    """Anything that NumPy takes for a numeric array."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__} ({error})") from None
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name}: expected an array of numbers, got dtype {array.dtype}")
+    return array
+
+
+def check_shape(name: str, array: np.ndarray, shape: Sequence[int | None], names: str) -> None:
+    """`shape` has None where any size from 1 will do; `names` is how it is written, (T, B, I)."""
+    fits = array.ndim == len(shape) and all(
+        found >= 1 if wanted is None else found == wanted
+        for found, wanted in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        letters = names.strip("()").split(", ")
+        wanted = ", ".join(
+            letter if size is None else str(size)
+            for letter, size in zip(letters, shape, strict=True)
+        )
+        note = "" if 0 not in array.shape else "; no axis may be empty"
+        raise ValueError(
+            f"{name}: expected shape {names} = ({wanted}), got {array.shape}{note}"
+        )
+
+
+def as_floats(
+    name: str, value: Any, dtype: np.dtype, shape: Sequence[int | None], names: str
+) -> np.ndarray:
+    """An array of `dtype` and `shape` that a kernel can take, copied only if it has to be."""
+    array = as_array(name, value)
+    if array.dtype != dtype:
+        raise TypeError(
+            f"{name}: expected {dtype}, got {array.dtype}; "
+            f"convert it with .astype(np.{dtype}) or choose another dtype= for the layer"
+        )
+    check_shape(name, array, shape, names)
+    return np.require(array, requirements="CAW")
+
+
+def as_tokens(
+    name: str, value: Any, size: int, shape: Sequence[int | None], names: str
+) -> np.ndarray:
+    """int32 tokens, each in [0, size)."""
+    array = as_array(name, value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integer tokens, got {array.dtype}")
+    check_shape(name, array, shape, names)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name}: expected tokens in [0, {size}), got {wrong}")
+    return np.require(array, dtype=np.int32, requirements="CAW")
+
+
+def load_params(
+    params: dict[str, np.ndarray], mapping: Mapping[str, Any], name: str = "state_dict"
+) -> None:
+    """Copy every array of `mapping` into `params`; all keys and shapes must match."""
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"{name}: expected a mapping of arrays, got {type(mapping).__name__}")
+    missing = [key for key in params if key not in mapping]
+    unknown = [key for key in mapping if key not in params]
+    if missing or unknown:
+        raise ValueError(
+            f"{name}: expected keys {sorted(params)}; missing {missing}, unknown {unknown}"
+        )
+    arrays = {key: as_array(f"{name}[{key!r}]", mapping[key]) for key in params}
+    for key, array in arrays.items():
+        if array.shape != params[key].shape:
+            raise ValueError(
+                f"{name}[{key!r}]: expected shape {params[key].shape}, got {array.shape}"
+            )
+    for key, array in arrays.items():
+        params[key][...] = array

@@ -1,0 +1,605 @@
+"""RNN, GRU, LSTM, Linear and Embedding: parameters, checks, and the kernels around them.
+
+Layers keep no memory between calls: what backward needs is in the object that forward returns.
+`backward` adds to `grads` if they are given; pieces of a sequence, last piece first, then give the
+same bits as the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastrnn import gemm, recurrence
+from fastrnn.cells import CELLS, Cell
+from fastrnn.checks import (
+    as_array,
+    as_choice,
+    as_dtype,
+    as_floats,
+    as_number,
+    as_size,
+    as_tokens,
+    check_shape,
+    load_params,
+)
+from fastrnn.dropout import dropout
+from fastrnn.parallel import parts_for, run
+from fastrnn.simd import empty, lanes, padded
+
+Params = dict[str, np.ndarray]
+State = Any  # h (layers, B, H), or for the LSTM (h, c)
+
+# A chunk of pre-activations of one slice of the batch stays within the second-level cache.
+_CHUNK_BYTES = 1 << 18
+
+
+def _pack_transposed(weight: np.ndarray, order: tuple[int, ...], *, rows: bool = False) -> np.ndarray:
+    """Panels of weight.T with padded gates; `rows` instead lays out one row for each column."""
+    size = len(weight) // len(order)
+    registers = len(order) * padded(size, weight.dtype) // lanes(weight.dtype)
+    packed = empty(weight.shape[1] * registers * lanes(weight.dtype), weight.dtype)
+    cols = registers if rows else gemm.COLS
+    parts = parts_for(packed.size * 8, registers)
+    run(gemm.pack_transposed, parts, weight, np.array(order), size, cols, packed)
+    return packed
+
+
+def _pack(weight: np.ndarray, order: tuple[int, ...], gap: int) -> np.ndarray:
+    """Panels of weight, its gates `gap` rows apart."""
+    depth = len(order) * gap
+    packed = empty(depth * padded(weight.shape[1], weight.dtype), weight.dtype)
+    parts = parts_for(packed.size * 8, depth)
+    run(gemm.pack, parts, weight, np.array(order), len(weight) // len(order), gap, packed)
+    return packed
+
+
+def _padded_bias(bias: np.ndarray | None, order: tuple[int, ...], size: int, dtype: Any) -> np.ndarray:
+    """The gates of a bias in runs of whole registers; zeros without one."""
+    padded_bias = np.zeros((len(order), padded(size, dtype)), dtype)
+    if bias is not None:
+        padded_bias[:, :size] = bias.reshape(len(order), size)[list(order)]
+    return padded_bias.reshape(-1)
+
+
+def new_grads(params: Mapping[str, np.ndarray], grads: Params | None) -> Params:
+    """`grads`, checked against `params`, or zeros."""
+    if grads is None:
+        return {key: np.zeros_like(value) for key, value in params.items()}
+    for key, value in params.items():
+        found = grads.get(key)
+        fits = isinstance(found, np.ndarray) and found.shape == value.shape
+        if not (fits and found.dtype == value.dtype and found.flags.carray):
+            raise ValueError(
+                f"grads[{key!r}]: expected a contiguous {value.dtype} array of shape {value.shape}, "
+                f"got {getattr(found, 'dtype', type(found).__name__)} {getattr(found, 'shape', '')}"
+            )
+    return grads
+
+
+class Module:
+    """Parameters by name."""
+
+    params: Params
+
+    def state_dict(self) -> Params:
+        """A copy of the parameters."""
+        return {key: value.copy() for key, value in self.params.items()}
+
+    def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
+        """Copy `mapping` into the parameters: the same keys and shapes, else ValueError."""
+        load_params(self.params, mapping)
+
+
+@dataclass
+class _Saved:
+    """What one layer of a stack keeps for backward."""
+
+    x: np.ndarray
+    h: np.ndarray
+    carry: np.ndarray
+    tape: np.ndarray
+    seed: int
+
+
+class Saved:
+    """What backward needs from forward. Backward works in this memory: it can be used once."""
+
+    def __init__(self, layers: list[_Saved], token_input: bool, unbatched: bool) -> None:
+        self._layers: list[_Saved] | None = layers
+        self.token_input = token_input
+        self.unbatched = unbatched
+        self.shape = layers[-1].h.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: T*B*(R*Hp + H + carries*Hp) numbers a layer, Hp being H in whole registers."""
+        return sum(s.h.nbytes + s.carry.nbytes + s.tape.nbytes for s in self._layers or ())
+
+    def take(self, retain: bool) -> list[_Saved]:
+        if self._layers is None:
+            raise ValueError(
+                "saved: expected the result of a new forward, got one that backward has used; "
+                "call forward again, or backward(..., retain=True) the first time"
+            )
+        layers = self._layers
+        if retain:
+            return [
+                _Saved(s.x, s.h, s.carry, s.tape.copy(), s.seed) for s in layers
+            ]
+        self._layers = None
+        return layers
+
+
+class _Recurrent(Module):
+    """A stack of recurrent layers with PyTorch's names, shapes and parameter keys."""
+
+    _cell: Cell
+    _states = ("h",)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        dtype: Any = np.float32,
+        seed: int | None = None,
+    ) -> None:
+        if bidirectional:
+            raise ValueError(
+                "bidirectional: expected False, got True; not there yet: run a second layer over "
+                "x[::-1] and join the outputs"
+            )
+        self.input_size = as_size("input_size", input_size)
+        self.hidden_size = as_size("hidden_size", hidden_size)
+        self.num_layers = as_size("num_layers", num_layers)
+        self.bias = bool(bias)
+        self.batch_first = bool(batch_first)
+        self.dropout = as_number("dropout", dropout, 0, 1)
+        self.dtype = as_dtype(dtype)
+        random = np.random.default_rng(seed)
+        bound = 1 / math.sqrt(self.hidden_size)
+        rows = self._cell.gates * self.hidden_size
+        self.params = {}
+        for layer in range(self.num_layers):
+            columns = self.input_size if layer == 0 else self.hidden_size
+            shapes = {"weight_ih": (rows, columns), "weight_hh": (rows, self.hidden_size)}
+            if self.bias:
+                shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+            for key, shape in shapes.items():
+                values = random.uniform(-bound, bound, shape)
+                self.params[f"{key}_l{layer}"] = values.astype(self.dtype)
+        self._seeds = np.random.default_rng(random.integers(2**63))
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.input_size}, {self.hidden_size}, "
+            f"num_layers={self.num_layers}, dtype={self.dtype})"
+        )
+
+    def __call__(self, x: Any, state: State = None, lengths: Any = None) -> tuple[np.ndarray, State]:
+        """Run over a sequence and keep nothing: `(output, state)`; see `forward`."""
+        output, state, _ = self._forward(x, state, lengths, keep=False, seed=None)
+        return output, state
+
+    def forward(
+        self, x: Any, state: State = None, lengths: Any = None, *, seed: int | None = None
+    ) -> tuple[np.ndarray, State, Saved]:
+        """Run over a sequence for training.
+
+        x       (T, B, input_size), or (B, T, input_size) with batch_first; or integers (T, B):
+                tokens below input_size, as if one-hot. Without the B axis: one sequence.
+        state   initial state, (num_layers, B, H), for the LSTM a pair (h, c); zeros by default
+        seed    of the dropout masks; drawn by the layer if it is not given
+        Returns output (T, B, H), the final state, and what `backward` needs.
+        """
+        return self._forward(x, state, lengths, keep=True, seed=seed)
+
+    def _forward(
+        self, x: Any, state: State, lengths: Any, *, keep: bool, seed: int | None
+    ) -> tuple[np.ndarray, State, Any]:
+        if lengths is not None:
+            raise ValueError(
+                "lengths: expected None; not there yet: call once for each group of equal length"
+            )
+        x, unbatched = self._input(x)
+        steps, batch = x.shape[:2]
+        states = self._initial(state, batch, unbatched)
+        if keep and self.dropout and self.num_layers > 1 and seed is None:
+            seed = int(self._seeds.integers(2**63))
+        saved = []
+        for layer in range(self.num_layers):
+            if layer and keep and self.dropout:
+                dropped = empty(x.shape, self.dtype)
+                dropout(x, self.dropout, (seed or 0) + layer, dropped)
+                x = dropped
+            done = self._run_layer(layer, x, [s[layer] for s in states], keep)
+            done.seed = (seed or 0) + layer
+            saved.append(done)
+            x = done.h[1:]
+        run_length = padded(self.hidden_size, self.dtype)
+        last = [np.stack([s.h[steps] for s in saved])]
+        for i in range(self._cell.carries):
+            at = slice(i * run_length, i * run_length + self.hidden_size)
+            last.append(np.stack([s.carry[-1, :, at] for s in saved]))
+        result = Saved(saved, saved[0].x.dtype == np.int32, unbatched) if keep else None
+        return self._outward(x, unbatched), self._state_out(last, unbatched), result
+
+    def _run_layer(self, layer: int, x: np.ndarray, states: list, keep: bool) -> _Saved:
+        cell, size, dtype = self._cell, self.hidden_size, self.dtype
+        steps, batch = x.shape[:2]
+        hidden = padded(size, dtype)
+        weight_x, weight_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
+        tokens = x.dtype == np.int32
+        work = steps * batch * cell.gates * hidden * (size + (0 if tokens else weight_x.shape[1]))
+        parts = parts_for(work, batch)
+        row = cell.tape * hidden
+        chunk = max(1, min(steps, _CHUNK_BYTES // (-(-batch // parts) * row * dtype.itemsize)))
+        h = empty((steps + 1, batch, size), dtype)
+        h[0] = states[0]
+        carry = np.zeros((steps + 1 if keep else 1, batch, cell.carries * hidden), dtype)
+        for i, value in enumerate(states[1:]):
+            carry[0, :, i * hidden : i * hidden + size] = value
+        tape = empty((steps if keep else chunk, batch, row), dtype)
+        run(
+            recurrence.forward_slice,
+            parts,
+            cell,
+            chunk,
+            int(keep),
+            x,
+            _pack_transposed(weight_x, cell.order_x, rows=tokens),
+            _padded_bias(self.params.get(f"bias_ih_l{layer}"), cell.order_x, size, dtype),
+            _pack_transposed(weight_h, cell.order_h),
+            _padded_bias(self.params.get(f"bias_hh_l{layer}"), cell.order_h, size, dtype),
+            h,
+            carry,
+            tape,
+        )
+        return _Saved(x, h, carry, tape, 0)
+
+    def backward(
+        self,
+        saved: Saved,
+        d_output: Any,
+        d_state: State = None,
+        grads: Params | None = None,
+        *,
+        need_d_x: bool = True,
+        retain: bool = False,
+    ) -> tuple[np.ndarray | None, State, Params]:
+        """Gradients of a scalar loss, from its gradients in the output and the final state.
+
+        d_output   like the output of forward, or None: the loss sees only the final state
+        d_state    like the final state; zeros by default
+        grads      gradients to add to, with the keys of `params`; zeros by default
+        need_d_x   False saves the work for a first layer whose input is data
+        retain     keep `saved` usable, at the cost of a copy
+        Returns d_x (None for tokens or if not needed), d_state of the initial state, grads.
+        """
+        if not isinstance(saved, Saved):
+            raise TypeError(f"saved: expected the third result of forward, got {type(saved).__name__}")
+        grads = new_grads(self.params, grads)
+        steps, batch = saved.shape[0] - 1, saved.shape[1]
+        d_states = self._initial(d_state, batch, saved.unbatched, name="d_state")
+        if d_output is None:
+            d_y = np.zeros((1, 1, self.hidden_size), self.dtype)
+        else:
+            d_y = self._gradient_in(d_output, steps, batch, saved.unbatched)
+        layers = saved.take(retain)
+        d_initial = [np.empty_like(s) for s in d_states]
+        for layer in reversed(range(self.num_layers)):
+            s = layers[layer]
+            want = need_d_x or layer > 0
+            found = self._run_backward(layer, s, d_y, [d[layer] for d in d_states], grads, want)
+            d_y, last = found
+            for total, value in zip(d_initial, last, strict=True):
+                total[layer] = value
+            if layer and self.dropout:
+                dropout(d_y, self.dropout, s.seed, d_y)
+        d_x = None if saved.token_input or not need_d_x else self._outward(d_y, saved.unbatched)
+        return d_x, self._state_out(d_initial, saved.unbatched), grads
+
+    def _run_backward(
+        self, layer: int, s: _Saved, d_y: np.ndarray, d_last: list, grads: Params, want_d_x: bool
+    ) -> tuple[np.ndarray, list]:
+        cell, size, dtype = self._cell, self.hidden_size, self.dtype
+        steps, batch = s.x.shape[:2]
+        hidden = padded(size, dtype)
+        tokens = s.x.dtype == np.int32
+        weight_x, weight_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
+        inputs = weight_x.shape[1]
+        d_h = np.zeros((batch, hidden), dtype)
+        d_h[:, :size] = d_last[0]
+        d_carry = np.zeros((batch, cell.carries * hidden), dtype)
+        for i, value in enumerate(d_last[1:]):
+            d_carry[:, i * hidden : i * hidden + size] = value
+        work = steps * batch * cell.gates * hidden * size
+        run(
+            recurrence.backward_slice,
+            parts_for(work, batch),
+            cell,
+            cell.tail,
+            d_y,
+            _pack(weight_h, cell.order_h, hidden),
+            s.h,
+            s.carry,
+            s.tape,
+            d_h,
+            d_carry,
+        )
+        d_w_x = grads[f"weight_ih_l{layer}"]
+        unused = np.zeros(len(weight_x), dtype)
+        d_b_x = grads.get(f"bias_ih_l{layer}", unused)
+        d_b_h = grads.get(f"bias_hh_l{layer}", unused if tokens else unused.copy())
+        gates = (cell.gates, size)
+        order = list(cell.order_x)
+        if tokens:
+            rows = np.zeros((inputs, cell.gates, hidden), dtype)
+            rows[:, :, :size] = d_w_x.reshape(*gates, inputs)[order].transpose(2, 0, 1)
+            sums = np.zeros((cell.gates, hidden), dtype)
+            sums[:, :size] = d_b_x.reshape(gates)[order]
+            d_x = np.empty((0, inputs), dtype)
+            x_arguments = (rows.reshape(inputs, -1), sums.reshape(-1))
+        else:
+            d_x = empty((steps * batch if want_d_x else 0, inputs), dtype)
+            x_arguments = (d_w_x, d_b_x)
+        packed = _pack(weight_x, cell.order_x, hidden) if want_d_x and not tokens else d_h[0]
+        run(
+            recurrence.gradients,
+            parts_for(work, cell.gates * hidden // lanes(dtype)),
+            cell.tail,
+            s.x,
+            s.h,
+            s.tape,
+            np.array(cell.order_x),
+            np.array(cell.order_h),
+            packed,
+            np.zeros(inputs, dtype),
+            d_x,
+            x_arguments[0],
+            grads[f"weight_hh_l{layer}"],
+            x_arguments[1],
+            d_b_h,
+        )
+        if tokens:
+            d_w_x.reshape(*gates, inputs)[order] = rows[:, :, :size].transpose(1, 2, 0)
+            d_b_x.reshape(gates)[order] = sums[:, :size]
+        first = [d_h[:, :size]]
+        first += [d_carry[:, i * hidden : i * hidden + size] for i in range(cell.carries)]
+        return d_x.reshape(steps, batch, inputs) if want_d_x and not tokens else d_x, first
+
+    def _input(self, x: Any) -> tuple[np.ndarray, bool]:
+        """x time-major, floats (T, B, I) or int32 (T, B), and whether it came without B."""
+        array = as_array("x", x)
+        tokens = array.dtype.kind in "iu"
+        unbatched = array.ndim == (1 if tokens else 2)
+        names = "(B, T, I)" if self.batch_first else "(T, B, I)"
+        if unbatched:
+            names = "(T, I)"
+        if tokens:
+            names = names.replace(", I", "")
+            shape: tuple = (None,) if unbatched else (None, None)
+            array = as_tokens("x", array, self.input_size, shape, names)
+        else:
+            shape = (None, self.input_size) if unbatched else (None, None, self.input_size)
+            array = as_floats("x", array, self.dtype, shape, names)
+        if unbatched:
+            array = array[:, None]
+        elif self.batch_first:
+            array = np.ascontiguousarray(array.swapaxes(0, 1))
+        return array, unbatched
+
+    def _gradient_in(self, d_output: Any, steps: int, batch: int, unbatched: bool) -> np.ndarray:
+        shape: tuple = (steps, batch, self.hidden_size)
+        names = "(T, B, H)"
+        if unbatched:
+            shape, names = (steps, self.hidden_size), "(T, H)"
+        elif self.batch_first:
+            shape, names = (batch, steps, self.hidden_size), "(B, T, H)"
+        array = as_floats("d_output", d_output, self.dtype, shape, names)
+        if unbatched:
+            return array[:, None]
+        return np.ascontiguousarray(array.swapaxes(0, 1)) if self.batch_first else array
+
+    def _outward(self, y: np.ndarray, unbatched: bool) -> np.ndarray:
+        if unbatched:
+            return y[:, 0]
+        return y.swapaxes(0, 1) if self.batch_first else y
+
+    def _initial(self, state: State, batch: int, unbatched: bool, name: str = "state") -> list:
+        """The parts of a state as arrays (layers, B, H), zeros for None."""
+        shape = (self.num_layers, batch, self.hidden_size)
+        if state is None:
+            return [np.zeros(shape, self.dtype) for _ in self._states]
+        if len(self._states) == 1:
+            state = (state,)
+        elif not isinstance(state, (tuple, list)) or len(state) != len(self._states):
+            raise TypeError(
+                f"{name}: expected a pair ({', '.join(self._states)}), got {type(state).__name__}"
+                + (f" of {len(state)}" if isinstance(state, (tuple, list)) else "")
+            )
+        found = []
+        for part, value in zip(self._states, state, strict=True):
+            label = name if len(self._states) == 1 else f"{name} {part}"
+            if unbatched:
+                wanted = (self.num_layers, self.hidden_size)
+                array = as_floats(label, value, self.dtype, wanted, "(layers, H)")[:, None]
+            else:
+                array = as_floats(label, value, self.dtype, shape, "(layers, B, H)")
+            found.append(array)
+        return found
+
+    def _state_out(self, parts: list[np.ndarray], unbatched: bool) -> State:
+        if unbatched:
+            parts = [part[:, 0] for part in parts]
+        return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+class RNN(_Recurrent):
+    """The plain recurrent network of Elman (1990): h' = tanh(W_ih x + b_ih + W_hh h + b_hh).
+
+    Arguments, shapes and parameter keys are those of `torch.nn.RNN`; `nonlinearity` is "tanh" or
+    "relu". dtype is float32 or float64; `seed` draws the initial weights, U(-1/sqrt(H), 1/sqrt(H)).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        self.nonlinearity = as_choice("nonlinearity", nonlinearity, ("tanh", "relu"))
+        self._cell = CELLS[f"rnn_{nonlinearity}"]
+        super().__init__(input_size, hidden_size, num_layers, *args, **kwargs)
+
+
+class GRU(_Recurrent):
+    """Gated recurrent unit, Cho et al. (2014, arXiv:1406.1078v1), reset after the product.
+
+    Arguments, shapes, gate order r, z, n and parameter keys are those of `torch.nn.GRU`. dtype is
+    float32 or float64; `seed` draws the initial weights, U(-1/sqrt(H), 1/sqrt(H)).
+    """
+
+    _cell = CELLS["gru"]
+
+
+class LSTM(_Recurrent):
+    """Long short-term memory, Hochreiter and Schmidhuber (1997) with Gers' forget gate (2000).
+
+    Arguments, shapes, gate order i, f, g, o and parameter keys are those of `torch.nn.LSTM`. dtype
+    is float32 or float64; `seed` draws the initial weights, U(-1/sqrt(H), 1/sqrt(H)).
+    """
+
+    _cell = CELLS["lstm"]
+    _states = ("h", "c")
+
+
+class Linear(Module):
+    """y = x W.T + b, with `weight` (out_features, in_features) and `bias` (out_features,)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dtype: Any = np.float32,
+        seed: int | None = None,
+    ) -> None:
+        self.in_features = as_size("in_features", in_features)
+        self.out_features = as_size("out_features", out_features)
+        self.dtype = as_dtype(dtype)
+        random = np.random.default_rng(seed)
+        bound = 1 / math.sqrt(self.in_features)
+        shapes = {"weight": (self.out_features, self.in_features)}
+        if bias:
+            shapes["bias"] = (self.out_features,)
+        self.params = {
+            key: random.uniform(-bound, bound, shape).astype(self.dtype)
+            for key, shape in shapes.items()
+        }
+
+    def __call__(self, x: Any) -> np.ndarray:
+        """x (..., in_features) -> y (..., out_features)."""
+        return self.forward(x)[0]
+
+    def forward(self, x: Any) -> tuple[np.ndarray, np.ndarray]:
+        """y, and what backward needs (x itself)."""
+        array = as_array("x", x)
+        lead = (None,) * max(0, array.ndim - 1)
+        names = "(" + "..., " * len(lead) + "I)"
+        array = as_floats("x", array, self.dtype, (*lead, self.in_features), names)
+        rows = array.reshape(-1, self.in_features)
+        y = empty((len(rows), self.out_features), self.dtype)
+        bias = self.params.get("bias")
+        if bias is None:
+            bias = np.zeros(self.out_features, self.dtype)
+        weight = _pack_transposed(self.params["weight"], (0,))
+        parts = parts_for(rows.size * self.out_features, len(rows))
+        run(gemm.affine, parts, rows, weight, bias, y)
+        return y.reshape(*array.shape[:-1], self.out_features), array
+
+    def backward(
+        self, saved: np.ndarray, d_y: Any, grads: Params | None = None, *, need_d_x: bool = True
+    ) -> tuple[np.ndarray | None, Params]:
+        """d_x like x (None if not needed) and the gradients of the parameters."""
+        grads = new_grads(self.params, grads)
+        shape = (*saved.shape[:-1], self.out_features)
+        names = "(" + "..., " * (len(shape) - 1) + "O)"
+        d_y = as_floats("d_y", d_y, self.dtype, shape, names)
+        x = saved.reshape(-1, 1, self.in_features) if saved.ndim < 3 else saved
+        steps, batch = x.shape[0], math.prod(x.shape[1:-1])
+        count = steps * batch
+        d_x = empty((count if need_d_x else 0, self.in_features), self.dtype)
+        zeros = np.zeros(self.in_features, self.dtype)
+        packed = _pack(self.params["weight"], (0,), self.out_features) if need_d_x else zeros
+        d_bias = grads.get("bias")
+        if d_bias is None:
+            d_bias = np.zeros(self.out_features, self.dtype)
+        run(
+            gemm.affine_gradients,
+            parts_for(count * self.in_features * self.out_features, self.out_features),
+            x.reshape(steps, batch, self.in_features),
+            d_y.reshape(steps, batch, self.out_features),
+            packed,
+            zeros,
+            d_x,
+            grads["weight"],
+            d_bias,
+        )
+        return (d_x.reshape(saved.shape) if need_d_x else None), grads
+
+
+class Embedding(Module):
+    """Rows of `weight` (num_embeddings, embedding_dim) by token."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        dtype: Any = np.float32,
+        seed: int | None = None,
+    ) -> None:
+        self.num_embeddings = as_size("num_embeddings", num_embeddings)
+        self.embedding_dim = as_size("embedding_dim", embedding_dim)
+        self.dtype = as_dtype(dtype)
+        values = np.random.default_rng(seed).standard_normal((num_embeddings, embedding_dim))
+        self.params = {"weight": values.astype(self.dtype)}
+
+    def __call__(self, tokens: Any) -> np.ndarray:
+        """Integers (...) -> vectors (..., embedding_dim)."""
+        return self.forward(tokens)[0]
+
+    def forward(self, tokens: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors, and what backward needs (the tokens)."""
+        array = as_array("tokens", tokens)
+        names = "(" + ", ".join("TBNM"[: array.ndim]) + ")"
+        array = as_tokens("tokens", array, self.num_embeddings, (None,) * array.ndim, names)
+        return self.params["weight"][array], array
+
+    def backward(self, saved: np.ndarray, d_y: Any, grads: Params | None = None) -> Params:
+        """The gradient of `weight` from that of the vectors."""
+        grads = new_grads(self.params, grads)
+        shape = (*saved.shape, self.embedding_dim)
+        names = "(" + "..., " * saved.ndim + "E)"
+        d_y = as_floats("d_y", d_y, self.dtype, shape, names)
+        tokens = saved.reshape(saved.shape[0] if saved.ndim > 1 else 1, -1)
+        rows = d_y.reshape(*tokens.shape, self.embedding_dim)
+        unused = np.zeros(self.embedding_dim, self.dtype)
+        parts = parts_for(d_y.size * 4, self.embedding_dim // lanes(self.dtype))
+        run(gemm.scatter_rows, parts, tokens, rows, grads["weight"], unused)
+        return grads

@@ -1,0 +1,372 @@
+"""The time loop, forward and backward, for any cell.
+
+A slice of the batch runs through the whole sequence on one thread and meets no other. Names and
+shapes (Hp is H rounded up to whole registers, G and R are the cell's `gates` and `tape`):
+
+x      (T, B, I) floats, or (T, B) int32 tokens
+h      (T+1, B, H)   h[0] is the initial state, h[1:] the output
+carry  (S+1, B, cell.carries*Hp)   further states; S is T where a tape is kept, else 0
+tape   (S', B, R*Hp)   gates for backward; holds G runs of W_x x + b_x until its step is reached.
+       S' is T where a tape is kept, else `chunk`
+w_x, w_h, b_x, b_h   weights packed by `pack_transposed`, biases in G runs of Hp
+"""
+
+from __future__ import annotations
+
+from numba import types
+from numba.extending import overload
+
+from fastrnn.cells.cell import (
+    backward,
+    forward,
+    load_carry,
+    load_gates,
+    load_tape,
+    store_runs,
+)
+from fastrnn.gemm import accumulate, multiply, scatter, scratch
+from fastrnn.jit import kernel
+from fastrnn.simd import (
+    flush_denormals,
+    load,
+    load_n,
+    restore_denormals,
+    store,
+    store_n,
+    width_of,
+)
+
+
+def _project(x, t, steps, first, rows, w_x, b_x, tape, at, n):
+    """tape[at ...] = W_x x + b_x for `steps` steps from t and `rows` sequences from `first`."""
+
+
+@overload(_project)
+def _project_overload(x, t, steps, first, rows, w_x, b_x, tape, at, n):
+    def dense(x, t, steps, first, rows, w_x, b_x, tape, at, n):
+        batch, size = x.shape[1:]
+        row = tape.shape[2]
+        start = (t * batch + first) * size
+        if rows == batch:
+            multiply(1, steps * rows, n, size, x, start, size, 0, w_x, b_x, 0, 0, tape, at, row, 0)
+        else:
+            multiply(
+                steps, rows, n, size, x, start, size, batch * size,
+                w_x, b_x, 0, 0, tape, at, row, batch * row,
+            )  # fmt: skip
+
+    def tokens(x, t, steps, first, rows, w_x, b_x, tape, at, n):
+        batch = x.shape[1]
+        row = tape.shape[2]
+        w = width_of(tape)
+        for s in range(steps):
+            for r in range(rows):
+                source = x[t + s, first + r] * n
+                target = at + (s * batch + r) * row
+                for j in range(0, n, w):
+                    store(tape, target + j, load(w_x, source + j) + load(b_x, j))
+
+    return tokens if isinstance(x.dtype, types.Integer) else dense
+
+
+@kernel
+def forward_slice(part, parts, cell, chunk, keep, x, w_x, b_x, w_h, b_h, h, carry, tape):
+    """Fill h, carry and tape for the part'th slice of the batch. `keep` is 1 with a tape, else 0."""
+    mode = flush_denormals()
+    steps, batch = x.shape[:2]
+    size = h.shape[2]
+    w = width_of(h)
+    run = (size + w - 1) // w * w
+    n = b_x.size
+    row = tape.shape[2]
+    carry_row = carry.shape[2]
+    first = batch * part // parts
+    rows = batch * (part + 1) // parts - first
+    a = scratch(h, rows * n)
+    for start in range(0, steps, chunk):
+        length = min(chunk, steps - start)
+        slot = start * keep
+        _project(x, start, length, first, rows, w_x, b_x, tape, (slot * batch + first) * row, n)
+        for t in range(start, start + length):
+            at = (t * batch + first) * size
+            multiply(1, rows, n, size, h, at, size, 0, w_h, b_h, 0, 0, a, 0, n, 0)
+            for r in range(rows):
+                b = first + r
+                here = (t * batch + b) * size
+                there = here + batch * size
+                gates = ((slot + t - start) * batch + b) * row
+                before = (t * keep * batch + b) * carry_row
+                after = ((t + 1) * keep * batch + b) * carry_row
+                for u in range(0, size, w):
+                    h_new, carry_new, kept = forward(
+                        cell,
+                        load_gates(cell, tape, gates + u, run),
+                        load_gates(cell, a, r * n + u, run),
+                        load_n(h, here + u, size - u),
+                        load_carry(cell, carry, before + u, run),
+                    )
+                    store_n(h, there + u, h_new, size - u)
+                    store_runs(carry, after + u, run, carry_new)
+                    store_runs(tape, gates + u, run, kept)
+    restore_denormals(mode)
+
+
+@kernel
+def backward_slice(part, parts, cell, tail, d_output, w_h, h, carry, tape, d_h, d_carry):
+    """Turn the tape into gradients of the gates, for the part'th slice of the batch.
+
+    d_output  (T, B, H), or (1, 1, H): the same for all
+    w_h       packed by `pack`
+    d_h, d_carry  (B, Hp), (B, carries*Hp): gradient of the final state in, of the initial state out
+    """
+    mode = flush_denormals()
+    steps, batch = h.shape[0] - 1, h.shape[1]
+    size = h.shape[2]
+    w = width_of(h)
+    run = (size + w - 1) // w * w
+    row = tape.shape[2]
+    depth = w_h.size // run
+    carry_row = carry.shape[2]
+    first = batch * part // parts
+    rows = batch * (part + 1) // parts - first
+    d_row = size if d_output.shape[1] > 1 or batch == 1 else 0
+    d_step = batch * size if d_output.shape[0] > 1 or steps == 1 else 0
+    for t in range(steps - 1, -1, -1):
+        for b in range(first, first + rows):
+            here = (t * batch + b) * size
+            there = here + batch * size
+            gates = (t * batch + b) * row
+            before = (t * batch + b) * carry_row
+            after = before + batch * carry_row
+            for u in range(0, size, w):
+                gradient = load_n(d_output, t * d_step + b * d_row + u, size - u)
+                d_gates, d_h_prev, d_carry_prev = backward(
+                    cell,
+                    load_tape(cell, tape, gates + u, run),
+                    load_n(h, here + u, size - u),
+                    load_n(h, there + u, size - u),
+                    load_carry(cell, carry, before + u, run),
+                    load_carry(cell, carry, after + u, run),
+                    load(d_h, b * run + u) + gradient,
+                    load_carry(cell, d_carry, b * carry_row + u, run),
+                )
+                store_runs(tape, gates + u, run, d_gates)
+                store(d_h, b * run + u, d_h_prev)
+                store_runs(d_carry, b * carry_row + u, run, d_carry_prev)
+        gates = (t * batch + first) * row + tail * run
+        at = first * run
+        multiply(1, rows, size, depth, tape, gates, row, 0, w_h, d_h, at, run, d_h, at, run, 0)
+    restore_denormals(mode)
+
+
+def _input_gradient(part, parts, x, tape, n, w_x, zeros, d_x):
+    """d_x from the gate gradients of x, for a slice of rows."""
+
+
+def _weight_gradient(part, parts, x, tape, run, size, order, d_w, d_b):
+    """Add to the gradients of the input weights and bias, for a slice of gate blocks."""
+
+
+@overload(_input_gradient)
+def _input_gradient_overload(part, parts, x, tape, n, w_x, zeros, d_x):
+    def dense(part, parts, x, tape, n, w_x, zeros, d_x):
+        rows = d_x.shape[0]
+        size = zeros.size
+        row = tape.shape[2]
+        first = rows * part // parts
+        m = rows * (part + 1) // parts - first
+        multiply(1, m, size, n, tape, first * row, row, 0, w_x, zeros, 0, 0, d_x, first * size, size, 0)
+
+    def tokens(part, parts, x, tape, n, w_x, zeros, d_x):
+        pass
+
+    return tokens if isinstance(x.dtype, types.Integer) else dense
+
+
+@overload(_weight_gradient)
+def _weight_gradient_overload(part, parts, x, tape, run, size, order, d_w, d_b):
+    def dense(part, parts, x, tape, run, size, order, d_w, d_b):
+        steps, batch, inputs = x.shape
+        blocks = run // width_of(tape) * order.size
+        first, end = blocks * part // parts, blocks * (part + 1) // parts
+        accumulate(
+            steps, batch, tape, 0, tape.shape[2], run, size, order, first, end,
+            x, inputs, inputs, d_w, d_b,
+        )  # fmt: skip
+
+    def tokens(part, parts, x, tape, run, size, order, d_w, d_b):
+        w = width_of(tape)
+        blocks = run // w * order.size
+        first, end = blocks * part // parts * w, blocks * (part + 1) // parts * w
+        scatter(x, tape, 0, tape.shape[2], run * order.size, first, end, d_w, d_b)
+
+    return tokens if isinstance(x.dtype, types.Integer) else dense
+
+
+@kernel
+def forward_slice(part, parts, cell, chunk, keep, x, w_x, b_x, w_h, b_h, h, carry, tape):
+    """Fill h, carry and tape for the part'th slice of the batch. `keep` is 1 with a tape, else 0."""
+    mode = flush_denormals()
+    steps, batch = x.shape[:2]
+    size = h.shape[2]
+    w = width_of(h)
+    run = (size + w - 1) // w * w
+    n = b_x.size
+    row = tape.shape[2]
+    carry_row = carry.shape[2]
+    first = batch * part // parts
+    rows = batch * (part + 1) // parts - first
+    a = scratch(h, rows * n)
+    for start in range(0, steps, chunk):
+        length = min(chunk, steps - start)
+        slot = start * keep
+        _project(x, start, length, first, rows, w_x, b_x, tape, (slot * batch + first) * row, n)
+        for t in range(start, start + length):
+            at = (t * batch + first) * size
+            multiply(1, rows, n, size, h, at, size, 0, w_h, b_h, 0, 0, a, 0, n, 0)
+            for r in range(rows):
+                b = first + r
+                here = (t * batch + b) * size
+                there = here + batch * size
+                gates = ((slot + t - start) * batch + b) * row
+                before = (t * keep * batch + b) * carry_row
+                after = ((t + 1) * keep * batch + b) * carry_row
+                for u in range(0, size, w):
+                    h_new, carry_new, kept = forward(
+                        cell,
+                        load_gates(cell, tape, gates + u, run),
+                        load_gates(cell, a, r * n + u, run),
+                        load_n(h, here + u, size - u),
+                        load_carry(cell, carry, before + u, run),
+                    )
+                    store_n(h, there + u, h_new, size - u)
+                    store_runs(carry, after + u, run, carry_new)
+                    store_runs(tape, gates + u, run, kept)
+    restore_denormals(mode)
+
+
+@kernel
+def backward_slice(part, parts, cell, tail, d_output, w_h, h, carry, tape, d_h, d_carry):
+    """Turn the tape into gradients of the gates, for the part'th slice of the batch.
+
+    d_output  (T, B, H), or (1, 1, H): the same for all
+    w_h       packed by `pack`
+    d_h, d_carry  (B, Hp), (B, carries*Hp): gradient of the final state in, of the initial state out
+    """
+    mode = flush_denormals()
+    steps, batch = h.shape[0] - 1, h.shape[1]
+    size = h.shape[2]
+    w = width_of(h)
+    run = (size + w - 1) // w * w
+    row = tape.shape[2]
+    depth = w_h.size // run
+    carry_row = carry.shape[2]
+    first = batch * part // parts
+    rows = batch * (part + 1) // parts - first
+    d_row = size if d_output.shape[1] > 1 or batch == 1 else 0
+    d_step = batch * size if d_output.shape[0] > 1 or steps == 1 else 0
+    for t in range(steps - 1, -1, -1):
+        for b in range(first, first + rows):
+            here = (t * batch + b) * size
+            there = here + batch * size
+            gates = (t * batch + b) * row
+            before = (t * batch + b) * carry_row
+            after = before + batch * carry_row
+            for u in range(0, size, w):
+                gradient = load_n(d_output, t * d_step + b * d_row + u, size - u)
+                d_gates, d_h_prev, d_carry_prev = backward(
+                    cell,
+                    load_tape(cell, tape, gates + u, run),
+                    load_n(h, here + u, size - u),
+                    load_n(h, there + u, size - u),
+                    load_carry(cell, carry, before + u, run),
+                    load_carry(cell, carry, after + u, run),
+                    load(d_h, b * run + u) + gradient,
+                    load_carry(cell, d_carry, b * carry_row + u, run),
+                )
+                store_runs(tape, gates + u, run, d_gates)
+                store(d_h, b * run + u, d_h_prev)
+                store_runs(d_carry, b * carry_row + u, run, d_carry_prev)
+        gates = (t * batch + first) * row + tail * run
+        at = first * run
+        multiply(1, rows, size, depth, tape, gates, row, 0, w_h, d_h, at, run, d_h, at, run, 0)
+    restore_denormals(mode)
+
+
+def _input_gradient(part, parts, x, tape, n, w_x, zeros, d_x):
+    """d_x from the gate gradients of x, for a slice of rows."""
+
+
+def _weight_gradient(part, parts, x, tape, run, size, order, d_w, d_b):
+    """Add to the gradients of the input weights and bias, for a slice of gate blocks."""
+
+
+@overload(_input_gradient)
+def _input_gradient_overload(part, parts, x, tape, n, w_x, zeros, d_x):
+    def dense(part, parts, x, tape, n, w_x, zeros, d_x):
+        rows = d_x.shape[0]
+        size = zeros.size
+        row = tape.shape[2]
+        first = rows * part // parts
+        m = rows * (part + 1) // parts - first
+        multiply(1, m, size, n, tape, first * row, row, 0, w_x, zeros, 0, 0, d_x, first * size, size, 0)
+
+    def tokens(part, parts, x, tape, n, w_x, zeros, d_x):
+        pass
+
+    return tokens if isinstance(x.dtype, types.Integer) else dense
+
+
+@overload(_weight_gradient)
+def _weight_gradient_overload(part, parts, x, tape, run, size, order, d_w, d_b):
+    def dense(part, parts, x, tape, run, size, order, d_w, d_b):
+        steps, batch, inputs = x.shape
+        blocks = run // width_of(tape) * order.size
+        first, end = blocks * part // parts, blocks * (part + 1) // parts
+        accumulate(
+            steps, batch, tape, 0, tape.shape[2], run, size, order, first, end,
+            x, inputs, inputs, d_w, d_b,
+        )  # fmt: skip
+
+    def tokens(part, parts, x, tape, run, size, order, d_w, d_b):
+        steps, batch = x.shape
+        n = run * order.size
+        w = width_of(tape)
+        blocks = n // w
+        first, end = blocks * part // parts * w, blocks * (part + 1) // parts * w
+        row = tape.shape[2]
+        for t in range(steps - 1, -1, -1):
+            for b in range(batch):
+                source = (t * batch + b) * row
+                target = x[t, b] * n
+                for j in range(first, end, w):
+                    value = load(tape, source + j)
+                    store(d_w, target + j, load(d_w, target + j) + value)
+                    store(d_b, j, load(d_b, j) + value)
+
+    return tokens if isinstance(x.dtype, types.Integer) else dense
+
+
+@kernel
+def gradients(
+    part, parts, tail, x, h, tape, order_x, order_h, w_x, zeros, d_x, d_w_x, d_w_h, d_b_x, d_b_h
+):
+    """Add the gradients of all weights, and fill d_x, from the gate gradients on the tape.
+
+    Dense input: d_w_x (G*H, I), d_b_x (G*H,) in PyTorch's gate order; d_x (T*B, I) or (0, I) if it
+    is not wanted; w_x packed by `pack`. Tokens: d_w_x (V, G*Hp), d_b_x (G*Hp,) in the tape's order.
+    """
+    mode = flush_denormals()
+    steps, batch = x.shape[:2]
+    size = h.shape[2]
+    w = width_of(h)
+    run = (size + w - 1) // w * w
+    _weight_gradient(part, parts, x, tape, run, size, order_x, d_w_x, d_b_x)
+    blocks = run // w * order_h.size
+    first, end = blocks * part // parts, blocks * (part + 1) // parts
+    accumulate(
+        steps, batch, tape, tail * run, tape.shape[2], run, size, order_h, first, end,
+        h, size, size, d_w_h, d_b_h,
+    )  # fmt: skip
+    _input_gradient(part, parts, x, tape, order_x.size * run, w_x, zeros, d_x)
+    restore_denormals(mode)
