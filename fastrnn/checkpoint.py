@@ -42,6 +42,10 @@ _DTYPES = {
     "F64": np.dtype(np.float64),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_SHORT = reprlib.Repr()
+# Enough for any sane tensor's name; hostile ones may be of any length.
+_SHORT.maxstring = 100
+_show = _SHORT.repr
 _SUPPORTED = ", ".join(dtype.name for dtype in _DTYPES.values())
 
 
@@ -136,17 +140,17 @@ def unpack_rng(packed: Mapping[str, Any]) -> np.random.Generator:
         raise ValueError(f"rng: expected a mapping, got {type(packed).__name__}")
     if set(packed) != {"bit_generator", *limits}:
         fields = ", ".join(["bit_generator", *limits])
-        raise ValueError(f"rng: expected the fields {fields}, got {reprlib.repr(list(packed))}")
+        raise ValueError(f"rng: expected the fields {fields}, got {_show(list(packed))}")
     if packed["bit_generator"] != "PCG64":
         raise ValueError(
-            f"rng['bit_generator']: expected 'PCG64', got {reprlib.repr(packed['bit_generator'])}"
+            f"rng['bit_generator']: expected 'PCG64', got {_show(packed['bit_generator'])}"
         )
     for field, limit in limits.items():
         value = packed[field]
         if type(value) is not int or not 0 <= value < limit:
             raise ValueError(
                 f"rng[{field!r}]: expected an integer of 0..2**{limit.bit_length() - 1} - 1, got"
-                f" {reprlib.repr(value)}"
+                f" {_show(value)}"
             )
     if packed["inc"] % 2 == 0:
         raise ValueError(f"rng['inc']: expected an odd integer, got {packed['inc']}")
@@ -208,21 +212,19 @@ def _lay_out(
 
 def _check_tensor(name: object, array: object) -> None:
     if not isinstance(name, str) or name == "__metadata__":
-        raise ValueError(
-            f"tensors: expected names other than '__metadata__', got {reprlib.repr(name)}"
-        )
+        raise ValueError(f"tensors: expected names other than '__metadata__', got {_show(name)}")
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"tensors: expected Unicode names, got {reprlib.repr(name)}") from None
+        raise ValueError(f"tensors: expected Unicode names, got {_show(name)}") from None
     if not isinstance(array, np.ndarray):
         raise ValueError(
-            f"tensors[{reprlib.repr(name)}]: expected a numpy array, got {type(array).__name__}"
+            f"tensors[{_show(name)}]: expected a numpy array, got {type(array).__name__}"
         )
     # The kind comes first: some new-style dtypes have no byte order to ask for.
     if array.dtype.kind not in "biuf" or array.dtype.newbyteorder("=") not in _NAMES:
         raise ValueError(
-            f"tensors[{reprlib.repr(name)}]: expected one of the dtypes {_SUPPORTED}, got {array.dtype}"
+            f"tensors[{_show(name)}]: expected one of the dtypes {_SUPPORTED}, got {array.dtype}"
         )
 
 
@@ -231,7 +233,7 @@ def _plain_json(value: object, where: str) -> object:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise ValueError(f"{where}: expected string keys, got {reprlib.repr(key)}")
+                raise ValueError(f"{where}: expected string keys, got {_show(key)}")
         return {str(key): _plain_json(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
@@ -270,7 +272,7 @@ def _replace(
     mode = 0o666 if previous is None else 0o600
     try:
         with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            if previous is not None and hasattr(os, "fchmod"):
+            if previous is not None and hasattr(os, "fchown"):
                 # Not every user may give files away, nor has every file system modes.
                 with suppress(OSError):
                     os.fchown(file.fileno(), previous.st_uid, previous.st_gid)
@@ -310,8 +312,8 @@ def _read(path: str, size: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     with opened as file:
         # The library has checked the header by now, but lets the last of equal names win.
         with open(path, "rb") as raw:
-            (length,) = struct.unpack("<Q", raw.read(8))
-            _parse_json(raw.read(length), "the safetensors header")
+            length = int.from_bytes(raw.read(8), "little")
+            _parse_json(raw.read(min(length, _MAX_HEADER)), "the safetensors header")
         metadata = _parse_metadata(file.metadata())
         return {name: _read_tensor(file, name) for name in sorted(file.keys())}, metadata
 
@@ -324,16 +326,14 @@ def _read_tensor(file: Any, name: str) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:
-        raise ValueError(f"tensor {reprlib.repr(name)}: cannot be read: {error}") from error
+        raise ValueError(f"tensor {_show(name)}: cannot be read: {error}") from error
     if dtype is None or array is None:
         raise ValueError(
-            f"tensor {reprlib.repr(name)}: expected one of the dtypes {_SUPPORTED}, got {stored}"
+            f"tensor {_show(name)}: expected one of the dtypes {_SUPPORTED}, got {stored}"
         )
     # Any other byte than 0 and 1 is a boolean that is neither true nor false to NumPy.
     if dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
-        raise ValueError(
-            f"tensor {reprlib.repr(name)}: expected booleans of 0 or 1, got another byte"
-        )
+        raise ValueError(f"tensor {_show(name)}: expected booleans of 0 or 1, got another byte")
     return np.array(array, dtype, order="C")
 
 
@@ -346,18 +346,16 @@ def _parse_metadata(entries: object) -> dict[str, Any]:
     what = f"the metadata entry {_KEY!r}"
     described = _parse_json(entries[_KEY], what)
     if not isinstance(described, dict) or "version" not in described:
-        raise ValueError(
-            f"{what}: expected an object with a version, got {reprlib.repr(described)}"
-        )
+        raise ValueError(f"{what}: expected an object with a version, got {_show(described)}")
     version = described["version"]
     if type(version) is not int or version != _VERSION:
         raise ValueError(
-            f"{what}: expected format version {_VERSION}, got {reprlib.repr(version)}; a newer fastrnn may"
+            f"{what}: expected format version {_VERSION}, got {_show(version)}; a newer fastrnn may"
             " read it"
         )
     if set(described) != {"metadata", "version"} or not isinstance(described["metadata"], dict):
         raise ValueError(
-            f"{what}: expected an object 'metadata' and a version, got {reprlib.repr(described)}"
+            f"{what}: expected an object 'metadata' and a version, got {_show(described)}"
         )
     return described["metadata"]
 
@@ -377,5 +375,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the name {reprlib.repr(twice)} occurs twice")
+        raise ValueError(f"the name {_show(twice)} occurs twice")
     return found

@@ -1,0 +1,1 @@
+"""The bench: named cases, contestants and a runner; `python -m bench --help`."""

@@ -1,0 +1,75 @@
+"""Gradient clipping in place, by norm and by value, with PyTorch's names and meaning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from fastrnn.checks import as_number
+from fastrnn.jit import kernel
+
+_BLOCK = 4096
+
+
+@kernel
+def _squares(x, block):
+    """Sum of squares in float64, in an order that depends on nothing but the size."""
+    total = 0.0
+    for start in range(0, x.size, block):
+        a, b, c, d = 0.0, 0.0, 0.0, 0.0
+        end = min(x.size, start + block)
+        for i in range(start, end - 3, 4):
+            a += np.float64(x[i]) * x[i]
+            b += np.float64(x[i + 1]) * x[i + 1]
+            c += np.float64(x[i + 2]) * x[i + 2]
+            d += np.float64(x[i + 3]) * x[i + 3]
+        for i in range(start + (end - start) // 4 * 4, end):
+            a += np.float64(x[i]) * x[i]
+        total += (a + b) + (c + d)
+    return total
+
+
+def grad_norm(grads: Mapping[str, np.ndarray], norm_type: float = 2.0) -> float:
+    """The norm of all gradients as one vector; `norm_type` 2 or inf."""
+    if norm_type == 2:
+        total = 0.0
+        for g in grads.values():
+            total += _squares(np.require(g, requirements="CAW").reshape(-1), _BLOCK)
+        return math.sqrt(total)
+    if norm_type == math.inf:
+        # max() of Python would lose a NaN.
+        return float(np.max([np.max(np.abs(g)) for g in grads.values()]))
+    raise ValueError(f"norm_type: expected 2 or inf, got {norm_type!r}")
+
+
+def clip_grad_norm_(
+    grads: Mapping[str, np.ndarray],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> float:
+    """Scale all gradients so that their common norm is at most `max_norm`.
+
+    Returns the norm before clipping. If it is not finite the gradients stay as they are, or with
+    `error_if_nonfinite` a ValueError tells.
+    """
+    limit = as_number("max_norm", max_norm, 0, math.inf)
+    norm = grad_norm(grads, norm_type)
+    if not math.isfinite(norm):
+        if error_if_nonfinite:
+            raise ValueError(f"grads: expected a finite norm, got {norm}")
+        return norm
+    if norm > limit:
+        factor = limit / (norm + 1e-6)
+        for g in grads.values():
+            g *= g.dtype.type(factor)
+    return norm
+
+
+def clip_grad_value_(grads: Mapping[str, np.ndarray], clip_value: float) -> None:
+    """Limit every element of the gradients to [-clip_value, clip_value]."""
+    limit = as_number("clip_value", clip_value, 0, math.inf)
+    for g in grads.values():
+        np.clip(g, -limit, limit, out=g)

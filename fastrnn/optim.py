@@ -1,0 +1,237 @@
+"""Optimisers and learning-rate schedules. Updates and defaults are PyTorch's.
+
+An optimiser changes the arrays of `params` in place. Its own arrays are in `state`, by
+"<slot>.<parameter>", its count of steps in `steps`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastrnn.checks import as_number, as_size, load_params
+from fastrnn.jit import kernel
+from fastrnn.parallel import parts_for, run
+
+Arrays = dict[str, np.ndarray]
+
+
+@kernel
+def _sgd(part, parts, p, g, v, lr, momentum, decay, fresh):
+    for i in range(p.size * part // parts, p.size * (part + 1) // parts):
+        d = g[i] + decay * p[i]
+        v[i] = d if fresh else momentum * v[i] + d
+        p[i] -= lr * v[i]
+
+
+@kernel
+def _rmsprop(part, parts, p, g, v, lr, alpha, rest, eps):
+    for i in range(p.size * part // parts, p.size * (part + 1) // parts):
+        v[i] = alpha * v[i] + rest * g[i] * g[i]
+        p[i] -= lr * g[i] / (math.sqrt(v[i]) + eps)
+
+
+@kernel
+def _adagrad(part, parts, p, g, v, lr, eps):
+    for i in range(p.size * part // parts, p.size * (part + 1) // parts):
+        v[i] += g[i] * g[i]
+        p[i] -= lr * g[i] / (math.sqrt(v[i]) + eps)
+
+
+@kernel
+def _adam(part, parts, p, g, m, v, step, beta1, rest1, beta2, rest2, root, eps, coupled, kept):
+    for i in range(p.size * part // parts, p.size * (part + 1) // parts):
+        d = g[i] + coupled * p[i]
+        m[i] = beta1 * m[i] + rest1 * d
+        v[i] = beta2 * v[i] + rest2 * d * d
+        p[i] = kept * p[i] - step * m[i] / (math.sqrt(v[i]) / root + eps)
+
+
+class Optimizer:
+    """What all have: the learning rate `lr`, which may be set between steps, and their state."""
+
+    slots: tuple[str, ...] = ()
+
+    def __init__(self, params: Arrays, lr: float) -> None:
+        self.params = params
+        self.lr = as_number("lr", lr, 0, math.inf)
+        self.steps = 0
+        self.state: Arrays = {
+            f"{slot}.{key}": np.zeros_like(value)
+            for slot in self.slots
+            for key, value in params.items()
+        }
+
+    def step(self, grads: Mapping[str, np.ndarray]) -> None:
+        """Change every parameter by its gradient."""
+        for key, p in self.params.items():
+            g = grads[key]
+            if g.shape != p.shape or g.dtype != p.dtype:
+                raise ValueError(
+                    f"grads[{key!r}]: expected {p.dtype} of shape {p.shape}, "
+                    f"got {g.dtype} of shape {g.shape}"
+                )
+        self.steps += 1
+        for key, p in self.params.items():
+            slots = [self.state[f"{slot}.{key}"].reshape(-1) for slot in self.slots]
+            g = np.require(grads[key], requirements="CAW").reshape(-1)
+            function, numbers = self._update()
+            numbers = [p.dtype.type(n) if isinstance(n, float) else n for n in numbers]
+            run(function, parts_for(p.size * 4, p.size), p.reshape(-1), g, *slots, *numbers)
+
+    def _update(self) -> tuple[Any, tuple]:
+        """The kernel of this step and its numbers."""
+        raise TypeError("Optimizer: expected a subclass such as Adam")
+
+    def load_state(self, state: Mapping[str, Any], steps: int) -> None:
+        """Continue from the `state` and `steps` of another optimiser of this kind."""
+        load_params(self.state, state, "optimiser state")
+        self.steps = as_size("steps", steps, 0)
+
+
+class SGD(Optimizer):
+    """v = momentum v + g; p -= lr v. `weight_decay` adds its multiple of p to g."""
+
+    slots = ("velocity",)
+
+    def __init__(
+        self, params: Arrays, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, lr)
+        self.momentum = as_number("momentum", momentum, 0, 1)
+        self.weight_decay = as_number("weight_decay", weight_decay, 0, math.inf)
+
+    def _update(self) -> tuple[Any, tuple]:
+        return _sgd, (self.lr, self.momentum, self.weight_decay, self.steps == 1)
+
+
+class RMSProp(Optimizer):
+    """Tieleman and Hinton 2012: v = alpha v + (1 - alpha) g**2; p -= lr g / (sqrt(v) + eps)."""
+
+    slots = ("square",)
+
+    def __init__(
+        self, params: Arrays, lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-8
+    ) -> None:
+        super().__init__(params, lr)
+        self.alpha = as_number("alpha", alpha, 0, 1)
+        self.eps = as_number("eps", eps, 0, math.inf)
+
+    def _update(self) -> tuple[Any, tuple]:
+        return _rmsprop, (self.lr, self.alpha, 1 - self.alpha, self.eps)
+
+
+class Adagrad(Optimizer):
+    """Duchi et al. 2011: v += g**2; p -= lr g / (sqrt(v) + eps)."""
+
+    slots = ("square",)
+
+    def __init__(self, params: Arrays, lr: float = 1e-2, eps: float = 1e-10) -> None:
+        super().__init__(params, lr)
+        self.eps = as_number("eps", eps, 0, math.inf)
+
+    def _update(self) -> tuple[Any, tuple]:
+        return _adagrad, (self.lr, self.eps)
+
+
+class Adam(Optimizer):
+    """Kingma and Ba 2014, arXiv:1412.6980v9. `weight_decay` adds its multiple of p to g."""
+
+    slots = ("mean", "square")
+
+    def __init__(
+        self,
+        params: Arrays,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, lr)
+        self.betas = (as_number("betas[0]", betas[0], 0, 1), as_number("betas[1]", betas[1], 0, 1))
+        self.eps = as_number("eps", eps, 0, math.inf)
+        self.weight_decay = as_number("weight_decay", weight_decay, 0, math.inf)
+
+    def _decays(self) -> tuple[float, float]:
+        """What is added to the gradient, and what is kept of the parameter."""
+        return self.weight_decay, 1.0
+
+    def _update(self) -> tuple[Any, tuple]:
+        beta1, beta2 = self.betas
+        step = self.lr / (1 - beta1**self.steps)
+        root = math.sqrt(1 - beta2**self.steps)
+        moments = (step, beta1, 1 - beta1, beta2, 1 - beta2, root, self.eps)
+        return _adam, (*moments, *self._decays())
+
+
+class AdamW(Adam):
+    """Loshchilov and Hutter 2017, arXiv:1711.05101v3: p loses lr * weight_decay of itself."""
+
+    def __init__(
+        self,
+        params: Arrays,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    def _decays(self) -> tuple[float, float]:
+        return 0.0, 1 - self.lr * self.weight_decay
+
+
+OPTIMIZERS = {"sgd": SGD, "rmsprop": RMSProp, "adagrad": Adagrad, "adam": Adam, "adamw": AdamW}
+
+
+class Constant:
+    """The same rate at every step."""
+
+    def rate(self, lr: float, step: int, total: int | None) -> float:
+        """The rate for the step'th step (from 0) of `total`, which may be unknown."""
+        return lr
+
+    def observe(self, val_loss: float) -> None:
+        """Hear of a validation loss."""
+
+
+class WarmupCosine(Constant):
+    """A linear rise over `warmup` steps, then half a cosine down to `floor` times the rate."""
+
+    def __init__(self, warmup: int = 0, floor: float = 0.0) -> None:
+        self.warmup = as_size("warmup", warmup, 0)
+        self.floor = as_number("floor", floor, 0, 1)
+
+    def rate(self, lr: float, step: int, total: int | None) -> float:
+        if step < self.warmup:
+            return lr * (step + 1) / self.warmup
+        if total is None:
+            raise ValueError("schedule: expected a number of steps for the cosine, got none")
+        done = (step - self.warmup) / max(1, total - self.warmup)
+        return lr * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * min(1, done))) / 2)
+
+
+class Plateau(Constant):
+    """Multiply the rate by `factor` when validation has not improved for `patience` looks."""
+
+    def __init__(self, factor: float = 0.5, patience: int = 2) -> None:
+        self.factor = as_number("factor", factor, 0, 1, open_low=True)
+        self.patience = as_size("patience", patience)
+        self.best, self.waited, self.scale = math.inf, 0, 1.0
+
+    def rate(self, lr: float, step: int, total: int | None) -> float:
+        return lr * self.scale
+
+    def observe(self, val_loss: float) -> None:
+        if val_loss < self.best:
+            self.best, self.waited = val_loss, 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience:
+            self.scale, self.waited = self.scale * self.factor, 0
+
+
+SCHEDULES = {"constant": Constant, "cosine": WarmupCosine, "plateau": Plateau}
