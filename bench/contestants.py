@@ -27,7 +27,9 @@ def problem(case: Case, cell: str, dtype: str) -> tuple[dict[str, np.ndarray], A
         "bias_ih_l0": (rows,),
         "bias_hh_l0": (rows,),
     }
-    params = {key: random.uniform(-bound, bound, shape).astype(dtype) for key, shape in shapes.items()}
+    params = {
+        key: random.uniform(-bound, bound, shape).astype(dtype) for key, shape in shapes.items()
+    }
     x = random.standard_normal((case.T, case.B, case.I)).astype(dtype)
     d_y = random.standard_normal((case.T, case.B, case.H)).astype(dtype)
     return params, x, d_y

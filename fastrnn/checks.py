@@ -55,7 +55,9 @@ def as_array(name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: expected an array, got {type(value).__name__} ({error})") from None
+        raise TypeError(
+            f"{name}: expected an array, got {type(value).__name__} ({error})"
+        ) from None
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name}: expected an array of numbers, got dtype {array.dtype}")
     return array
@@ -74,9 +76,7 @@ def check_shape(name: str, array: np.ndarray, shape: Sequence[int | None], names
             for letter, size in zip(letters, shape, strict=True)
         )
         note = "" if 0 not in array.shape else "; no axis may be empty"
-        raise ValueError(
-            f"{name}: expected shape {names} = ({wanted}), got {array.shape}{note}"
-        )
+        raise ValueError(f"{name}: expected shape {names} = ({wanted}), got {array.shape}{note}")
 
 
 def as_floats(

@@ -24,13 +24,11 @@ from fastrnn.simd import (
     load_n,
     machine,
     multiply_add,
-    padded,
     read,
     read_masked,
     splat,
     store,
     store_n,
-    transpose,
     width_of,
     write,
     write_masked,
@@ -75,7 +73,11 @@ def _tile(typingctx, rows, cols, last, depth, a, a_row, a_k, p, init, init_row, 
                 for col in range(width):
                     pointer = element(i_base, row, init_row, ir.Constant(intp, col * vec.lanes))
                     part = col == width - 1
-                    value = read_masked(builder, vec, pointer, mask) if part else read(builder, vec, pointer)
+                    value = (
+                        read_masked(builder, vec, pointer, mask)
+                        if part
+                        else read(builder, vec, pointer)
+                    )
                     starts.append(value)
             loop = builder.append_basic_block("tile.loop")
             end = builder.append_basic_block("tile.end")
@@ -87,7 +89,11 @@ def _tile(typingctx, rows, cols, last, depth, a, a_row, a_k, p, init, init_row, 
             p_off = builder.phi(intp)
             sums = [builder.phi(vec.llvm) for _ in starts]
             panel = [
-                read(builder, vec, builder.gep(p_base, [builder.add(p_off, ir.Constant(intp, col * vec.lanes))]))
+                read(
+                    builder,
+                    vec,
+                    builder.gep(p_base, [builder.add(p_off, ir.Constant(intp, col * vec.lanes))]),
+                )
                 for col in range(width)
             ]
             news = []
@@ -99,7 +105,11 @@ def _tile(typingctx, rows, cols, last, depth, a, a_row, a_k, p, init, init_row, 
             for phi, start, step in (
                 (k, ir.Constant(intp, 0), k_next),
                 (a_off, ir.Constant(intp, 0), builder.add(a_off, a_k)),
-                (p_off, ir.Constant(intp, 0), builder.add(p_off, ir.Constant(intp, width * vec.lanes))),
+                (
+                    p_off,
+                    ir.Constant(intp, 0),
+                    builder.add(p_off, ir.Constant(intp, width * vec.lanes)),
+                ),
                 *zip(sums, starts, news, strict=True),
             ):
                 phi.add_incoming(start, entry)
@@ -144,12 +154,32 @@ def _tile_signature(dtype):
 
 
 # Compiled once for each dtype and linked by name: most of the machine code of every kernel is here.
-_TILE = {dtype: external(f"fastrnn_tile_{dtype}", _tile_function, _tile_signature(dtype), dtype)
-         for dtype in (types.float32, types.float64)}
+_TILE = {
+    dtype: external(f"fastrnn_tile_{dtype}", _tile_function, _tile_signature(dtype), dtype)
+    for dtype in (types.float32, types.float64)
+}
 
 
 @intrinsic
-def tile(typingctx, rows, cols, last, depth, a, a_at, a_row, a_k, p, p_at, init, init_at, init_row, c, c_at, c_row):
+def tile(
+    typingctx,
+    rows,
+    cols,
+    last,
+    depth,
+    a,
+    a_at,
+    a_row,
+    a_k,
+    p,
+    p_at,
+    init,
+    init_at,
+    init_row,
+    c,
+    c_at,
+    c_row,
+):
     """`_tile` on arrays, each with the offset of its first element."""
     i = types.intp
 
@@ -157,8 +187,20 @@ def tile(typingctx, rows, cols, last, depth, a, a_at, a_row, a_k, p, p_at, init,
         def pointer(n):
             return address(context, builder, sig.args[n], args[n], args[n + 1])
 
-        numbers = [args[0], args[1], args[2], args[3], pointer(4), args[6], args[7], pointer(8),
-                   pointer(10), args[12], pointer(13), args[15]]
+        numbers = [
+            args[0],
+            args[1],
+            args[2],
+            args[3],
+            pointer(4),
+            args[6],
+            args[7],
+            pointer(8),
+            pointer(10),
+            args[12],
+            pointer(13),
+            args[15],
+        ]
         kind = ir.FunctionType(ir.VoidType(), [x.type for x in numbers])
         name = _TILE[c.dtype]
         builder.call(cgutils.get_or_insert_function(builder.module, kind, name), numbers)
@@ -176,7 +218,9 @@ def scratch(like, count):
 
 
 @helper
-def multiply(groups, m, n, k, a, a_at, a_row, a_group, p, init, init_at, init_row, c, c_at, c_row, c_group):
+def multiply(
+    groups, m, n, k, a, a_at, a_row, a_group, p, init, init_at, init_row, c, c_at, c_row, c_group
+):
     """C[m, n] = init[m, n] + A[m, k] @ P, for `groups` such blocks of A and C.
 
     Rows of A, init and C lie `_row` elements apart, groups `_group` apart; the first is at `_at`.
@@ -202,9 +246,43 @@ def multiply(groups, m, n, k, a, a_at, a_row, a_group, p, init, init_at, init_ro
                         first = a_at + group * a_group + row * a_row + deep
                         if deep == 0:
                             start = init_at + row * init_row + left
-                            tile(rows, cols, last, depth, a, first, a_row, 1, p, panel, init, start, init_row, c, at, c_row)
+                            tile(
+                                rows,
+                                cols,
+                                last,
+                                depth,
+                                a,
+                                first,
+                                a_row,
+                                1,
+                                p,
+                                panel,
+                                init,
+                                start,
+                                init_row,
+                                c,
+                                at,
+                                c_row,
+                            )
                         else:
-                            tile(rows, cols, last, depth, a, first, a_row, 1, p, panel, c, at, c_row, c, at, c_row)
+                            tile(
+                                rows,
+                                cols,
+                                last,
+                                depth,
+                                a,
+                                first,
+                                a_row,
+                                1,
+                                p,
+                                panel,
+                                c,
+                                at,
+                                c_row,
+                                c,
+                                at,
+                                c_row,
+                            )
 
 
 @helper
@@ -255,7 +333,24 @@ def accumulate(steps, batch, d, d_at, d_row, run, size, order, first, end, x, x_
                     row = height * q // tiles
                     count = height * (q + 1) // tiles - row
                     at = (into + row) * m + left
-                    tile(count, cols, last, depth, strip, row, 1, take * w, panel, left * depth, out, at, m, out, at, m)
+                    tile(
+                        count,
+                        cols,
+                        last,
+                        depth,
+                        strip,
+                        row,
+                        1,
+                        take * w,
+                        panel,
+                        left * depth,
+                        out,
+                        at,
+                        m,
+                        out,
+                        at,
+                        m,
+                    )
             block += take
 
 
@@ -315,53 +410,3 @@ def scatter_rows(part, parts, tokens, d, out, sums):
     blocks = (n + w - 1) // w
     first, end = blocks * part // parts * w, min(n, blocks * (part + 1) // parts * w)
     scatter(tokens, d, 0, n, n, first, end, out, sums)
-
-
-@kernel
-def pack_transposed(part, parts, weight, order, size, cols, p):
-    """Panels of `weight.T`: column g*run + u is row order[g]*size + u of weight, zero in the padding.
-
-    `cols` registers make a panel: COLS for `multiply`; all of them for rows to be gathered.
-    """
-    w = width_of(weight)
-    k = weight.shape[1]
-    blocks = (size + w - 1) // w
-    total = blocks * order.size
-    for q in range(total * part // parts, total * (part + 1) // parts):
-        g = q // blocks
-        u = (q - g * blocks) * w
-        row = order[g] * size + u
-        valid = min(w, size - u)
-        group = q // cols
-        step = min(cols, total - group * cols) * w
-        base = group * cols * w * k + (q - group * cols) * w
-        whole = k - k % w if valid == w else 0
-        for j in range(0, whole, w):
-            transpose(weight, row * k + j, k, p, base + j * step, step)
-        for j in range(whole, k):
-            for i in range(valid):
-                p[base + j * step + i] = weight[row + i, j]
-            for i in range(valid, w):
-                p[base + j * step + i] = 0
-
-
-@kernel
-def pack(part, parts, weight, order, size, run, p):
-    """Panels of `weight`: row g*run + u of the panels is row order[g]*size + u, zero in between."""
-    w = width_of(weight)
-    n = weight.shape[1]
-    depth = order.size * run
-    for k in range(depth * part // parts, depth * (part + 1) // parts):
-        g = k // run
-        u = k - g * run
-        row = order[g] * size + u
-        for left in range(0, n, COLS * w):
-            cols = (min(COLS * w, n - left) + w - 1) // w
-            for col in range(left, left + cols * w, w):
-                at = left * depth + k * cols * w + col - left
-                store(p, at, load_n(weight, row * n + col, n - col if u < size else 0))
-
-
-def panels(depth: int, columns: int, dtype: np.dtype) -> int:
-    """How many numbers the panels of a (depth, columns) matrix hold."""
-    return depth * padded(columns, dtype)

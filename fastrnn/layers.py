@@ -28,6 +28,7 @@ from fastrnn.checks import (
     load_params,
 )
 from fastrnn.dropout import dropout
+from fastrnn.pack import pack, pack_bias, pack_transposed
 from fastrnn.parallel import parts_for, run
 from fastrnn.simd import empty, lanes, padded
 
@@ -36,34 +37,6 @@ State = Any  # h (layers, B, H), or for the LSTM (h, c)
 
 # A chunk of pre-activations of one slice of the batch stays within the second-level cache.
 _CHUNK_BYTES = 1 << 18
-
-
-def _pack_transposed(weight: np.ndarray, order: tuple[int, ...], *, rows: bool = False) -> np.ndarray:
-    """Panels of weight.T with padded gates; `rows` instead lays out one row for each column."""
-    size = len(weight) // len(order)
-    registers = len(order) * padded(size, weight.dtype) // lanes(weight.dtype)
-    packed = empty(weight.shape[1] * registers * lanes(weight.dtype), weight.dtype)
-    cols = registers if rows else gemm.COLS
-    parts = parts_for(packed.size * 8, registers)
-    run(gemm.pack_transposed, parts, weight, np.array(order), size, cols, packed)
-    return packed
-
-
-def _pack(weight: np.ndarray, order: tuple[int, ...], gap: int) -> np.ndarray:
-    """Panels of weight, its gates `gap` rows apart."""
-    depth = len(order) * gap
-    packed = empty(depth * padded(weight.shape[1], weight.dtype), weight.dtype)
-    parts = parts_for(packed.size * 8, depth)
-    run(gemm.pack, parts, weight, np.array(order), len(weight) // len(order), gap, packed)
-    return packed
-
-
-def _padded_bias(bias: np.ndarray | None, order: tuple[int, ...], size: int, dtype: Any) -> np.ndarray:
-    """The gates of a bias in runs of whole registers; zeros without one."""
-    padded_bias = np.zeros((len(order), padded(size, dtype)), dtype)
-    if bias is not None:
-        padded_bias[:, :size] = bias.reshape(len(order), size)[list(order)]
-    return padded_bias.reshape(-1)
 
 
 def new_grads(params: Mapping[str, np.ndarray], grads: Params | None) -> Params:
@@ -128,9 +101,7 @@ class Saved:
             )
         layers = self._layers
         if retain:
-            return [
-                _Saved(s.x, s.h, s.carry, s.tape.copy(), s.seed) for s in layers
-            ]
+            return [_Saved(s.x, s.h, s.carry, s.tape.copy(), s.seed) for s in layers]
         self._layers = None
         return layers
 
@@ -138,8 +109,8 @@ class Saved:
 class _Recurrent(Module):
     """A stack of recurrent layers with PyTorch's names, shapes and parameter keys."""
 
-    _cell: Cell
-    _states = ("h",)
+    cell: Cell
+    state_names: tuple[str, ...] = ("h",)
 
     def __init__(
         self,
@@ -168,7 +139,7 @@ class _Recurrent(Module):
         self.dtype = as_dtype(dtype)
         random = np.random.default_rng(seed)
         bound = 1 / math.sqrt(self.hidden_size)
-        rows = self._cell.gates * self.hidden_size
+        rows = self.cell.gates * self.hidden_size
         self.params = {}
         for layer in range(self.num_layers):
             columns = self.input_size if layer == 0 else self.hidden_size
@@ -186,7 +157,9 @@ class _Recurrent(Module):
             f"num_layers={self.num_layers}, dtype={self.dtype})"
         )
 
-    def __call__(self, x: Any, state: State = None, lengths: Any = None) -> tuple[np.ndarray, State]:
+    def __call__(
+        self, x: Any, state: State = None, lengths: Any = None
+    ) -> tuple[np.ndarray, State]:
         """Run over a sequence and keep nothing: `(output, state)`; see `forward`."""
         output, state, _ = self._forward(x, state, lengths, keep=False, seed=None)
         return output, state
@@ -228,14 +201,14 @@ class _Recurrent(Module):
             x = done.h[1:]
         run_length = padded(self.hidden_size, self.dtype)
         last = [np.stack([s.h[steps] for s in saved])]
-        for i in range(self._cell.carries):
+        for i in range(self.cell.carries):
             at = slice(i * run_length, i * run_length + self.hidden_size)
             last.append(np.stack([s.carry[-1, :, at] for s in saved]))
         result = Saved(saved, saved[0].x.dtype == np.int32, unbatched) if keep else None
         return self._outward(x, unbatched), self._state_out(last, unbatched), result
 
     def _run_layer(self, layer: int, x: np.ndarray, states: list, keep: bool) -> _Saved:
-        cell, size, dtype = self._cell, self.hidden_size, self.dtype
+        cell, size, dtype = self.cell, self.hidden_size, self.dtype
         steps, batch = x.shape[:2]
         hidden = padded(size, dtype)
         weight_x, weight_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
@@ -257,10 +230,10 @@ class _Recurrent(Module):
             chunk,
             int(keep),
             x,
-            _pack_transposed(weight_x, cell.order_x, rows=tokens),
-            _padded_bias(self.params.get(f"bias_ih_l{layer}"), cell.order_x, size, dtype),
-            _pack_transposed(weight_h, cell.order_h),
-            _padded_bias(self.params.get(f"bias_hh_l{layer}"), cell.order_h, size, dtype),
+            pack_transposed(weight_x, cell.order_x, rows=tokens),
+            pack_bias(self.params.get(f"bias_ih_l{layer}"), cell.order_x, size, dtype),
+            pack_transposed(weight_h, cell.order_h),
+            pack_bias(self.params.get(f"bias_hh_l{layer}"), cell.order_h, size, dtype),
             h,
             carry,
             tape,
@@ -287,7 +260,9 @@ class _Recurrent(Module):
         Returns d_x (None for tokens or if not needed), d_state of the initial state, grads.
         """
         if not isinstance(saved, Saved):
-            raise TypeError(f"saved: expected the third result of forward, got {type(saved).__name__}")
+            raise TypeError(
+                f"saved: expected the third result of forward, got {type(saved).__name__}"
+            )
         grads = new_grads(self.params, grads)
         steps, batch = saved.shape[0] - 1, saved.shape[1]
         d_states = self._initial(d_state, batch, saved.unbatched, name="d_state")
@@ -312,7 +287,7 @@ class _Recurrent(Module):
     def _run_backward(
         self, layer: int, s: _Saved, d_y: np.ndarray, d_last: list, grads: Params, want_d_x: bool
     ) -> tuple[np.ndarray, list]:
-        cell, size, dtype = self._cell, self.hidden_size, self.dtype
+        cell, size, dtype = self.cell, self.hidden_size, self.dtype
         steps, batch = s.x.shape[:2]
         hidden = padded(size, dtype)
         tokens = s.x.dtype == np.int32
@@ -330,7 +305,7 @@ class _Recurrent(Module):
             cell,
             cell.tail,
             d_y,
-            _pack(weight_h, cell.order_h, hidden),
+            pack(weight_h, cell.order_h, hidden),
             s.h,
             s.carry,
             s.tape,
@@ -353,7 +328,7 @@ class _Recurrent(Module):
         else:
             d_x = empty((steps * batch if want_d_x else 0, inputs), dtype)
             x_arguments = (d_w_x, d_b_x)
-        packed = _pack(weight_x, cell.order_x, hidden) if want_d_x and not tokens else d_h[0]
+        packed = pack(weight_x, cell.order_x, hidden) if want_d_x and not tokens else d_h[0]
         run(
             recurrence.gradients,
             parts_for(work, cell.gates * hidden // lanes(dtype)),
@@ -420,17 +395,17 @@ class _Recurrent(Module):
         """The parts of a state as arrays (layers, B, H), zeros for None."""
         shape = (self.num_layers, batch, self.hidden_size)
         if state is None:
-            return [np.zeros(shape, self.dtype) for _ in self._states]
-        if len(self._states) == 1:
+            return [np.zeros(shape, self.dtype) for _ in self.state_names]
+        if len(self.state_names) == 1:
             state = (state,)
-        elif not isinstance(state, (tuple, list)) or len(state) != len(self._states):
+        elif not isinstance(state, (tuple, list)) or len(state) != len(self.state_names):
             raise TypeError(
-                f"{name}: expected a pair ({', '.join(self._states)}), got {type(state).__name__}"
+                f"{name}: expected a pair ({', '.join(self.state_names)}), got {type(state).__name__}"
                 + (f" of {len(state)}" if isinstance(state, (tuple, list)) else "")
             )
         found = []
-        for part, value in zip(self._states, state, strict=True):
-            label = name if len(self._states) == 1 else f"{name} {part}"
+        for part, value in zip(self.state_names, state, strict=True):
+            label = name if len(self.state_names) == 1 else f"{name} {part}"
             if unbatched:
                 wanted = (self.num_layers, self.hidden_size)
                 array = as_floats(label, value, self.dtype, wanted, "(layers, H)")[:, None]
@@ -462,7 +437,7 @@ class RNN(_Recurrent):
         **kwargs: Any,
     ) -> None:
         self.nonlinearity = as_choice("nonlinearity", nonlinearity, ("tanh", "relu"))
-        self._cell = CELLS[f"rnn_{nonlinearity}"]
+        self.cell = CELLS[f"rnn_{nonlinearity}"]
         super().__init__(input_size, hidden_size, num_layers, *args, **kwargs)
 
 
@@ -473,7 +448,7 @@ class GRU(_Recurrent):
     float32 or float64; `seed` draws the initial weights, U(-1/sqrt(H), 1/sqrt(H)).
     """
 
-    _cell = CELLS["gru"]
+    cell = CELLS["gru"]
 
 
 class LSTM(_Recurrent):
@@ -483,8 +458,8 @@ class LSTM(_Recurrent):
     is float32 or float64; `seed` draws the initial weights, U(-1/sqrt(H), 1/sqrt(H)).
     """
 
-    _cell = CELLS["lstm"]
-    _states = ("h", "c")
+    cell = CELLS["lstm"]
+    state_names = ("h", "c")
 
 
 class Linear(Module):
@@ -527,7 +502,7 @@ class Linear(Module):
         bias = self.params.get("bias")
         if bias is None:
             bias = np.zeros(self.out_features, self.dtype)
-        weight = _pack_transposed(self.params["weight"], (0,))
+        weight = pack_transposed(self.params["weight"], (0,))
         parts = parts_for(rows.size * self.out_features, len(rows))
         run(gemm.affine, parts, rows, weight, bias, y)
         return y.reshape(*array.shape[:-1], self.out_features), array
@@ -545,7 +520,7 @@ class Linear(Module):
         count = steps * batch
         d_x = empty((count if need_d_x else 0, self.in_features), self.dtype)
         zeros = np.zeros(self.in_features, self.dtype)
-        packed = _pack(self.params["weight"], (0,), self.out_features) if need_d_x else zeros
+        packed = pack(self.params["weight"], (0,), self.out_features) if need_d_x else zeros
         d_bias = grads.get("bias")
         if d_bias is None:
             d_bias = np.zeros(self.out_features, self.dtype)

@@ -175,7 +175,9 @@ def _input_gradient_overload(part, parts, x, tape, n, w_x, zeros, d_x):
         row = tape.shape[2]
         first = rows * part // parts
         m = rows * (part + 1) // parts - first
-        multiply(1, m, size, n, tape, first * row, row, 0, w_x, zeros, 0, 0, d_x, first * size, size, 0)
+        multiply(
+            1, m, size, n, tape, first * row, row, 0, w_x, zeros, 0, 0, d_x, first * size, size, 0
+        )
 
     def tokens(part, parts, x, tape, n, w_x, zeros, d_x):
         pass
@@ -309,7 +311,9 @@ def _input_gradient_overload(part, parts, x, tape, n, w_x, zeros, d_x):
         row = tape.shape[2]
         first = rows * part // parts
         m = rows * (part + 1) // parts - first
-        multiply(1, m, size, n, tape, first * row, row, 0, w_x, zeros, 0, 0, d_x, first * size, size, 0)
+        multiply(
+            1, m, size, n, tape, first * row, row, 0, w_x, zeros, 0, 0, d_x, first * size, size, 0
+        )
 
     def tokens(part, parts, x, tape, n, w_x, zeros, d_x):
         pass

@@ -1,0 +1,263 @@
+"""Sampling from a language model, the whole loop compiled: no Python for a token."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fastrnn.cells.cell import forward, load_carry, load_gates, store_runs
+from fastrnn.checks import as_array, as_number, as_size, as_tokens
+from fastrnn.dropout import random_bits
+from fastrnn.gemm import multiply, scratch
+from fastrnn.jit import helper, kernel
+from fastrnn.models import LanguageModel
+from fastrnn.pack import pack_bias, pack_transposed
+from fastrnn.parallel import parts_for, run
+from fastrnn.simd import flush_denormals, load, load_n, restore_denormals, store, store_n, width_of
+
+
+@helper
+def _argmax(logits, at, size):
+    best = 0
+    for j in range(1, size):
+        if logits[at + j] > logits[at + best]:
+            best = j
+    return best
+
+
+@helper
+def _draw(logits, at, size, temperature, top_k, top_p, u, weights):
+    """A token drawn with u in [0, 1), or -1 if the logits are not finite."""
+    best = _argmax(logits, at, size)
+    highest = np.float64(logits[at + best])
+    total = 0.0
+    for j in range(size):
+        weights[j] = math.exp((np.float64(logits[at + j]) - highest) / temperature)
+        total += weights[j]
+    if not math.isfinite(total):
+        return -1
+    if top_k >= size and top_p >= 1:
+        reached = 0.0
+        for j in range(size):
+            reached += weights[j]
+            if u * total < reached:
+                return j
+        return best
+    order = np.argsort(-weights[:size], kind="mergesort")
+    kept = min(top_k, size)
+    total = 0.0
+    for j in range(kept):
+        total += weights[order[j]]
+    # The fewest of the likeliest tokens that together reach top_p.
+    enough, reached = 0, 0.0
+    while enough < kept and (enough == 0 or reached < top_p * total):
+        reached += weights[order[enough]]
+        enough += 1
+    goal = u * reached
+    reached = 0.0
+    for j in range(enough):
+        reached += weights[order[j]]
+        if goal < reached:
+            return order[j]
+    return order[0]
+
+
+@kernel
+def _generate(
+    part, parts, cell, embedding, inputs, w_x, at_x, b_x, w_h, at_h, b_h, w_head, b_head,
+    h, carry, tokens, greedy, temperature, top_k, top_p, seed, eos, out, counts,
+):  # fmt: skip
+    """Continue the sequences of one slice of the batch.
+
+    inputs   (layers,) width of each layer's input, 0 for tokens
+    w_x, w_h all layers' packed weights, layer l from at_x[l], at_h[l]; b_x, b_h (layers, G*Hp)
+    h        (layers, B, H), carry (layers, B, carries*Hp), tokens (B,): where they are; updated
+    out      (steps, B), counts (B,): what is drawn, and how many tokens until `eos`
+    """
+    mode = flush_denormals()
+    layers, batch, size = h.shape
+    steps = out.shape[0]
+    vocabulary = b_head.size
+    w = width_of(h)
+    run = (size + w - 1) // w * w
+    n = b_x.shape[1]
+    first = batch * part // parts
+    rows = batch * (part + 1) // parts - first
+    x = scratch(h, rows * max(1, embedding.shape[1]))
+    pre = scratch(h, rows * n)
+    a = scratch(h, rows * n)
+    logits = scratch(h, rows * vocabulary)
+    weights = np.empty(vocabulary)
+    open_rows = rows
+    for step in range(steps):
+        if open_rows == 0:
+            break
+        for layer in range(layers):
+            here = (layer * batch + first) * size
+            if inputs[layer] == 0:
+                for r in range(rows):
+                    source = at_x[layer] + tokens[first + r] * n
+                    for j in range(0, n, w):
+                        store(pre, r * n + j, load(w_x, source + j) + load(b_x, layer * n + j))
+            elif layer == 0:
+                width = inputs[0]
+                for r in range(rows):
+                    for j in range(width):
+                        x[r * width + j] = embedding[tokens[first + r], j]
+                multiply(
+                    1, rows, n, width, x, 0, width, 0, w_x[at_x[0] :],
+                    b_x, 0, 0, pre, 0, n, 0,
+                )  # fmt: skip
+            else:
+                below = here - batch * size
+                multiply(
+                    1, rows, n, size, h, below, size, 0, w_x[at_x[layer] :],
+                    b_x, layer * n, 0, pre, 0, n, 0,
+                )  # fmt: skip
+            multiply(
+                1, rows, n, size, h, here, size, 0, w_h[at_h[layer] :],
+                b_h, layer * n, 0, a, 0, n, 0,
+            )  # fmt: skip
+            for r in range(rows):
+                at = here + r * size
+                carried = (layer * batch + first + r) * carry.shape[2]
+                for u in range(0, size, w):
+                    h_new, carry_new, _ = forward(
+                        cell,
+                        load_gates(cell, pre, r * n + u, run),
+                        load_gates(cell, a, r * n + u, run),
+                        load_n(h, at + u, size - u),
+                        load_carry(cell, carry, carried + u, run),
+                    )
+                    store_n(h, at + u, h_new, size - u)
+                    store_runs(carry, carried + u, run, carry_new)
+        top = ((layers - 1) * batch + first) * size
+        multiply(
+            1, rows, vocabulary, size, h, top, size, 0, w_head, b_head, 0, 0,
+            logits, 0, vocabulary, 0,
+        )  # fmt: skip
+        for r in range(rows):
+            b = first + r
+            at = r * vocabulary
+            if greedy:
+                token = _argmax(logits, at, vocabulary)
+                if not math.isfinite(logits[at + token]):
+                    token = -1
+            else:
+                bits = random_bits(seed, b, step) >> np.uint64(11)
+                u01 = np.float64(bits) * 2.0**-53
+                token = _draw(logits, at, vocabulary, temperature, top_k, top_p, u01, weights)
+            if counts[b] == step:
+                if token < 0:
+                    counts[b] = -1
+                    open_rows -= 1
+                elif token == eos:
+                    open_rows -= 1
+                else:
+                    counts[b] += 1
+            tokens[b] = max(token, 0)
+            out[step, b] = tokens[b]
+    restore_denormals(mode)
+
+
+def generate(
+    model: LanguageModel,
+    prompt: Any,
+    length: int = 100,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    seed: int | None = None,
+    eos: int | None = None,
+    num_sequences: int = 1,
+) -> list[np.ndarray]:
+    """Tokens that the model writes after a prompt.
+
+    prompt       tokens (T,), T from 1, continued `num_sequences` times; or (T, B), each once
+    length       how many tokens at most
+    temperature  above 0; below 1 likelier tokens become likelier still
+    top_k        draw from the k likeliest tokens only
+    top_p        draw from the fewest likeliest tokens whose probabilities reach p, after top_k
+    greedy       always the likeliest token
+    seed         the same seed gives the same text; sequence i uses random numbers of its own
+    eos          stop a sequence at this token, which is not returned
+    Returns for each sequence an int32 array of at most `length` tokens.
+    """
+    length = as_size("length", length)
+    temperature = as_number("temperature", temperature, 0, math.inf, open_low=True)
+    vocabulary = model.vocab_size
+    k = vocabulary if top_k is None else as_size("top_k", top_k)
+    p = 1.0 if top_p is None else as_number("top_p", top_p, 0, math.inf, open_low=True)
+    if p > 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    array = as_array("prompt", prompt)
+    if array.ndim == 1:
+        array = np.repeat(array[:, None], as_size("num_sequences", num_sequences), axis=1)
+    elif num_sequences != 1:
+        raise ValueError(f"num_sequences: expected 1 with a prompt (T, B), got {num_sequences}")
+    ids = as_tokens("prompt", array, vocabulary, (None, None), "(T, B)")
+    batch = ids.shape[1]
+    state = model.zero_state(batch)
+    if len(ids) > 1:
+        x = ids[:-1] if model.embedding is None else model.embedding(ids[:-1])
+        _, state = model.rnn(x, state)
+    rnn, dtype = model.rnn, model.dtype
+    cell = rnn.cell
+    params = [
+        [rnn.params[f"{key}_l{layer}"] for layer in range(model.num_layers)]
+        for key in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
+    ]
+    tokens_in = model.embedding is None
+    w_x = [
+        pack_transposed(w, cell.order_x, rows=tokens_in and layer == 0)
+        for layer, w in enumerate(params[0])
+    ]
+    w_h = [pack_transposed(w, cell.order_h) for w in params[2]]
+    hidden = model.hidden_size
+    b_x = [pack_bias(b, cell.order_x, hidden, dtype) for b in params[1]]
+    b_h = [pack_bias(b, cell.order_h, hidden, dtype) for b in params[3]]
+    inputs = [model.embedding_size] + [hidden] * (model.num_layers - 1)
+    parts_of_state = state if isinstance(state, tuple) else (state,)
+    run_length = len(b_x[0]) // cell.gates
+    carry = np.zeros((model.num_layers, batch, cell.carries * run_length), dtype)
+    for i, value in enumerate(parts_of_state[1:]):
+        carry[:, :, i * run_length : i * run_length + hidden] = value
+    h = np.array(parts_of_state[0])
+    out = np.zeros((length, batch), np.int32)
+    counts = np.zeros(batch, np.int64)
+    if seed is None:
+        seed = int(np.random.default_rng().integers(2**63))
+    work = length * batch * (sum(w.size for w in w_x[1:] + w_h) + hidden * vocabulary)
+    run(
+        _generate,
+        parts_for(work, batch),
+        cell,
+        np.zeros((1, 0), dtype) if tokens_in else model.embedding.params["weight"],
+        np.array(inputs),
+        np.concatenate(w_x),
+        np.cumsum([0] + [w.size for w in w_x[:-1]]),
+        np.stack(b_x),
+        np.concatenate(w_h),
+        np.cumsum([0] + [w.size for w in w_h[:-1]]),
+        np.stack(b_h),
+        pack_transposed(model.head.params["weight"], (0,)),
+        model.head.params["bias"],
+        h,
+        carry,
+        ids[-1].copy(),
+        bool(greedy),
+        temperature,
+        k,
+        p,
+        np.uint64(seed % 2**64),
+        -1 if eos is None else int(eos),
+        out,
+        counts,
+    )
+    if counts.min() < 0:
+        raise ValueError("model: expected finite logits, got NaN or infinity; its weights are bad")
+    return [out[: counts[b], b].copy() for b in range(batch)]

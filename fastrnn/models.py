@@ -1,0 +1,188 @@
+"""Whole models: a stack of recurrent layers with what comes before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastrnn.checks import as_array, as_choice, as_dtype, as_number, as_size, as_tokens
+from fastrnn.dropout import dropout
+from fastrnn.layers import GRU, LSTM, RNN, Embedding, Linear, Module, Params, State, new_grads
+from fastrnn.loss import softmax_cross_entropy, token_losses
+from fastrnn.simd import empty
+
+CELL_NAMES = ("lstm", "gru", "rnn")
+# Seeds of one step: one for each layer, the last for the dropout before the head.
+SEEDS = 256
+# Numbers of logits that are worked on at a time where no gradient is wanted.
+_LOGITS = 1 << 22
+
+
+class LanguageModel(Module):
+    """Predicts the next token: tokens -> (embedding) -> recurrent layers -> linear -> logits.
+
+    vocab_size      V, how many tokens there are
+    hidden_size     H of every layer
+    cell            "lstm", "gru" or "rnn" (tanh)
+    num_layers      depth of the stack
+    embedding_size  E, width of an embedding before the first layer; 0: the first layer takes tokens
+    dropout         probability between layers and before the logits, in training (Zaremba et al.
+                    2014, arXiv:1409.2329v5)
+    dtype           float32 or float64; seed draws the initial weights
+
+    `params` has the keys of the parts after "embedding.", "rnn." and "head.". The forget gate of the
+    LSTM starts with a bias of 1 (Jozefowicz et al. 2015).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int = 256,
+        *,
+        cell: str = "lstm",
+        num_layers: int = 1,
+        embedding_size: int = 0,
+        dropout: float = 0.0,
+        dtype: Any = np.float32,
+        seed: int | None = None,
+    ) -> None:
+        self.vocab_size = as_size("vocab_size", vocab_size)
+        self.hidden_size = as_size("hidden_size", hidden_size)
+        self.cell = as_choice("cell", cell, CELL_NAMES)
+        self.num_layers = as_size("num_layers", num_layers)
+        if self.num_layers >= SEEDS:
+            raise ValueError(f"num_layers: expected at most {SEEDS - 1}, got {num_layers}")
+        self.embedding_size = as_size("embedding_size", embedding_size, 0)
+        self.dropout = as_number("dropout", dropout, 0, 1)
+        self.dtype = as_dtype(dtype)
+        seeds = [int(s) for s in np.random.default_rng(seed).integers(2**63, size=3)]
+        self.embedding = None
+        if self.embedding_size:
+            self.embedding = Embedding(
+                vocab_size, self.embedding_size, dtype=self.dtype, seed=seeds[0]
+            )
+        kind = {"lstm": LSTM, "gru": GRU, "rnn": RNN}[cell]
+        self.rnn = kind(
+            self.embedding_size or vocab_size,
+            hidden_size,
+            num_layers,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            seed=seeds[1],
+        )
+        self.head = Linear(hidden_size, vocab_size, dtype=self.dtype, seed=seeds[2])
+        if cell == "lstm":
+            for layer in range(num_layers):
+                self.rnn.params[f"bias_ih_l{layer}"][hidden_size : 2 * hidden_size] = 1
+                self.rnn.params[f"bias_hh_l{layer}"][hidden_size : 2 * hidden_size] = 0
+        parts = {"embedding": self.embedding, "rnn": self.rnn, "head": self.head}
+        self._parts: dict[str, Any] = {name: part for name, part in parts.items() if part}
+        self.params = {
+            f"{name}.{key}": value
+            for name, part in self._parts.items()
+            for key, value in part.params.items()
+        }
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that make this model again, for JSON."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "cell": self.cell,
+            "num_layers": self.num_layers,
+            "embedding_size": self.embedding_size,
+            "dropout": self.dropout,
+            "dtype": str(self.dtype),
+        }
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
+
+    def zero_state(self, batch: int) -> State:
+        """The state before a text begins."""
+        shape = (self.num_layers, as_size("batch", batch), self.hidden_size)
+        parts = tuple(np.zeros(shape, self.dtype) for _ in self.rnn.state_names)
+        return parts if len(parts) > 1 else parts[0]
+
+    def __call__(self, tokens: Any, state: State = None) -> tuple[np.ndarray, State]:
+        """Logits (T, B, V) for the token after each of `tokens` (T, B), and the final state."""
+        y, state = self.rnn(self._embed(tokens)[0], state)
+        return self.head(y), state
+
+    def token_losses(
+        self, tokens: Any, targets: Any, state: State = None
+    ) -> tuple[np.ndarray, State]:
+        """-log p(target) in nats, float64 (T, B), and the final state; a piece at a time."""
+        tokens = self._tokens("tokens", tokens)
+        targets = self._tokens("targets", targets, tokens.shape)
+        steps = max(1, _LOGITS // (self.vocab_size * tokens.shape[1]))
+        losses = np.empty(tokens.shape)
+        for start in range(0, len(tokens), steps):
+            piece = slice(start, start + steps)
+            logits, state = self(tokens[piece], state)
+            losses[piece] = token_losses(logits, targets[piece])
+        return losses, state
+
+    def loss_and_grads(
+        self,
+        tokens: Any,
+        targets: Any,
+        state: State = None,
+        *,
+        seed: int = 0,
+        grads: Params | None = None,
+    ) -> tuple[float, Params, State]:
+        """One piece of truncated backpropagation through time.
+
+        tokens, targets  integers (T, B); target t is the token after t
+        state            carried from the piece before; zeros by default. No gradient flows into it
+        seed             of the dropout masks: layer l uses seed + l, the head seed + 255
+        grads            gradients to add to; zeros by default
+        Returns the mean loss in nats, the gradients by the keys of `params`, the state after.
+        """
+        grads = new_grads(self.params, grads)
+        parts = {
+            name: {key: grads[f"{name}.{key}"] for key in part.params}
+            for name, part in self._parts.items()
+        }
+        x, ids = self._embed(tokens)
+        y, state, saved = self.rnn.forward(x, state, seed=seed)
+        if self.dropout:
+            dropped = empty(y.shape, self.dtype)
+            dropout(y, self.dropout, seed + SEEDS - 1, dropped)
+            y = dropped
+        logits, y = self.head.forward(y)
+        targets = self._tokens("targets", targets, ids.shape)
+        loss, d_logits = softmax_cross_entropy(logits, targets, inplace=True)
+        d_y, _ = self.head.backward(y, d_logits, parts["head"])
+        if self.dropout:
+            dropout(d_y, self.dropout, seed + SEEDS - 1, d_y)
+        d_x, _, _ = self.rnn.backward(saved, d_y, grads=parts["rnn"])
+        if self.embedding is not None:
+            self.embedding.backward(ids, d_x, parts["embedding"])
+        return loss, grads, state
+
+    def _tokens(self, name: str, tokens: Any, shape: tuple | None = None) -> np.ndarray:
+        return as_tokens(name, tokens, self.vocab_size, shape or (None, None), "(T, B)")
+
+    def _embed(self, tokens: Any) -> tuple[np.ndarray, np.ndarray]:
+        """What the first layer takes, and the tokens."""
+        ids = self._tokens("tokens", as_array("tokens", tokens))
+        return (ids if self.embedding is None else self.embedding(ids)), ids
+
+
+def model_from_config(config: Mapping[str, Any]) -> LanguageModel:
+    """The model of `LanguageModel.config`, its weights still to be loaded; checked strictly."""
+    wanted = set(LanguageModel(1, 1).config())
+    if not isinstance(config, Mapping) or set(config) != wanted:
+        raise ValueError(f"model: expected the keys {sorted(wanted)}, got {config!r:.200}")
+    for key in ("vocab_size", "hidden_size", "num_layers", "embedding_size"):
+        if type(config[key]) is not int:
+            raise ValueError(f"model: expected an integer {key}, got {config[key]!r:.100}")
+    for key in ("cell", "dtype"):
+        if not isinstance(config[key], str):
+            raise ValueError(f"model: expected a word for {key}, got {config[key]!r:.100}")
+    arguments = dict(config)
+    return LanguageModel(arguments.pop("vocab_size"), arguments.pop("hidden_size"), **arguments)

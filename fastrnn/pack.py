@@ -1,0 +1,90 @@
+"""Weights as the products want them: panels, their gates in whole registers.
+
+Packing is done at every call, since the arrays of `params` belong to the user and may have changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastrnn.gemm import COLS
+from fastrnn.jit import kernel
+from fastrnn.parallel import parts_for, run
+from fastrnn.simd import empty, lanes, load_n, padded, store, transpose, width_of
+
+
+@kernel
+def _pack_transposed(part, parts, weight, order, size, cols, p):
+    """Panels of `weight.T`: column g*run + u is row order[g]*size + u of weight, zero in the padding.
+
+    `cols` registers make a panel: COLS for `multiply`; all of them for rows to be gathered.
+    """
+    w = width_of(weight)
+    k = weight.shape[1]
+    blocks = (size + w - 1) // w
+    total = blocks * order.size
+    for q in range(total * part // parts, total * (part + 1) // parts):
+        g = q // blocks
+        u = (q - g * blocks) * w
+        row = order[g] * size + u
+        valid = min(w, size - u)
+        group = q // cols
+        step = min(cols, total - group * cols) * w
+        base = group * cols * w * k + (q - group * cols) * w
+        whole = k - k % w if valid == w else 0
+        for j in range(0, whole, w):
+            transpose(weight, row * k + j, k, p, base + j * step, step)
+        for j in range(whole, k):
+            for i in range(valid):
+                p[base + j * step + i] = weight[row + i, j]
+            for i in range(valid, w):
+                p[base + j * step + i] = 0
+
+
+@kernel
+def _pack(part, parts, weight, order, size, run, p):
+    """Panels of `weight`: row g*run + u of the panels is row order[g]*size + u, zero in between."""
+    w = width_of(weight)
+    n = weight.shape[1]
+    depth = order.size * run
+    for k in range(depth * part // parts, depth * (part + 1) // parts):
+        g = k // run
+        u = k - g * run
+        row = order[g] * size + u
+        for left in range(0, n, COLS * w):
+            cols = (min(COLS * w, n - left) + w - 1) // w
+            for col in range(left, left + cols * w, w):
+                at = left * depth + k * cols * w + col - left
+                store(p, at, load_n(weight, row * n + col, n - col if u < size else 0))
+
+
+def pack_transposed(
+    weight: np.ndarray, order: tuple[int, ...], *, rows: bool = False
+) -> np.ndarray:
+    """Panels of weight.T with padded gates; `rows` instead lays out one row for each column."""
+    size = len(weight) // len(order)
+    registers = len(order) * padded(size, weight.dtype) // lanes(weight.dtype)
+    packed = empty(weight.shape[1] * registers * lanes(weight.dtype), weight.dtype)
+    cols = registers if rows else COLS
+    parts = parts_for(packed.size * 8, registers)
+    run(_pack_transposed, parts, weight, np.array(order), size, cols, packed)
+    return packed
+
+
+def pack(weight: np.ndarray, order: tuple[int, ...], gap: int) -> np.ndarray:
+    """Panels of weight, its gates `gap` rows apart."""
+    depth = len(order) * gap
+    packed = empty(depth * padded(weight.shape[1], weight.dtype), weight.dtype)
+    parts = parts_for(packed.size * 8, depth)
+    run(_pack, parts, weight, np.array(order), len(weight) // len(order), gap, packed)
+    return packed
+
+
+def pack_bias(bias: np.ndarray | None, order: tuple[int, ...], size: int, dtype: Any) -> np.ndarray:
+    """The gates of a bias in runs of whole registers; zeros without one."""
+    padded_bias = np.zeros((len(order), padded(size, dtype)), dtype)
+    if bias is not None:
+        padded_bias[:, :size] = bias.reshape(len(order), size)[list(order)]
+    return padded_bias.reshape(-1)
