@@ -63,6 +63,11 @@ def as_array(name: str, value: Any) -> np.ndarray:
     return array
 
 
+def for_kernel(array: np.ndarray, dtype: Any = None) -> np.ndarray:
+    """`array` as kernels take it (contiguous, aligned, writable), copied only if it has to be."""
+    return np.require(array, dtype, ["C", "A", "W"])
+
+
 def check_shape(name: str, array: np.ndarray, shape: Sequence[int | None], names: str) -> None:
     """`shape` has None where any size from 1 will do; `names` is how it is written, (T, B, I)."""
     fits = array.ndim == len(shape) and all(
@@ -90,7 +95,7 @@ def as_floats(
             f"convert it with .astype(np.{dtype}) or choose another dtype= for the layer"
         )
     check_shape(name, array, shape, names)
-    return np.require(array, requirements="CAW")
+    return for_kernel(array)
 
 
 def as_tokens(
@@ -105,7 +110,7 @@ def as_tokens(
     if low < 0 or high >= size:
         wrong = low if low < 0 else high
         raise ValueError(f"{name}: expected tokens in [0, {size}), got {wrong}")
-    return np.require(array, dtype=np.int32, requirements="CAW")
+    return for_kernel(array, np.int32)
 
 
 def load_params(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fastrnn.checks import as_number
+from fastrnn.checks import as_number, for_kernel
 from fastrnn.jit import kernel
 
 _BLOCK = 4096
@@ -36,7 +36,7 @@ def grad_norm(grads: Mapping[str, np.ndarray], norm_type: float = 2.0) -> float:
     if norm_type == 2:
         total = 0.0
         for g in grads.values():
-            total += _squares(np.require(g, requirements="CAW").reshape(-1), _BLOCK)
+            total += _squares(for_kernel(g).reshape(-1), _BLOCK)
         return math.sqrt(total)
     if norm_type == math.inf:
         # max() of Python would lose a NaN.

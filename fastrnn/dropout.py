@@ -13,7 +13,7 @@ from fastrnn.parallel import parts_for, run
 
 @helper
 def _mix(x):
-    """A bijection of 64-bit numbers that looks random: the finaliser of SplitMix64 (Steele 2014)."""
+    """A bijection of 64-bit numbers that looks random: SplitMix64's finaliser (Steele 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

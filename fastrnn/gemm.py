@@ -1,4 +1,4 @@
-"""Matrix products on packed panels: A @ P, and A.T @ B; every product of the library is one of them.
+"""Matrix products on packed panels: A @ P and A.T @ B; every product of the library is one.
 
 Each element of a result is one chain of multiply-adds over k in a fixed order, started from what
 the result held before. Tile shapes, panels, blocks and threads decide when a link is added, never
@@ -14,9 +14,8 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.extending import intrinsic
 
-from fastrnn.jit import external, helper, kernel
+from fastrnn.jit import external, helper, intrinsic, kernel
 from fastrnn.simd import (
     Vec,
     address,
@@ -374,7 +373,7 @@ def scatter(tokens, d, d_at, d_row, n, first, end, out, sums):
 
 @kernel
 def affine(part, parts, x, p, bias, y):
-    """y = x @ P + bias for the part'th slice of rows: x (N, I), P by `pack_transposed`, y (N, O)."""
+    """y (N, O) = x (N, I) @ P + bias, for the part'th slice of rows; P by `pack_transposed`."""
     count, size = x.shape
     n = y.shape[1]
     first = count * part // parts
@@ -404,7 +403,10 @@ def affine_gradients(part, parts, x, d_y, p, zeros, d_x, d_weight, d_bias):
 
 @kernel
 def scatter_rows(part, parts, tokens, d, out, sums):
-    """out[token] += d[row] for the part'th slice of columns: tokens (T, B), d (T, B, E), out (V, E)."""
+    """out[token] += d[row], for the part'th slice of columns.
+
+    tokens (T, B), d (T, B, E), out (V, E), sums (E,).
+    """
     n = out.shape[1]
     w = width_of(out)
     blocks = (n + w - 1) // w

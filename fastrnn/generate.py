@@ -236,7 +236,7 @@ def generate(
         _generate,
         parts_for(work, batch),
         cell,
-        np.zeros((1, 0), dtype) if tokens_in else model.embedding.params["weight"],
+        np.zeros((1, 0), dtype) if model.embedding is None else model.embedding.params["weight"],
         np.array(inputs),
         np.concatenate(w_x),
         np.cumsum([0] + [w.size for w in w_x[:-1]]),

@@ -1,4 +1,4 @@
-"""How this package compiles: the one place that spells options, and a disk cache that cannot go stale.
+"""How this package compiles: the options, in one place, and a disk cache that cannot go stale.
 
 Numba's own cache keys a function by its bytecode alone, so an edit in a helper, another option or
 another process can hand back the wrong machine code. Here a compiled function is one file whose
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite
-import numba
+import llvmlite.binding
+import numba.extending
 from numba import types
 from numba.core import config, sigutils
 from numba.core.caching import FunctionCache, NullCache
@@ -36,6 +37,11 @@ OPTIONS: dict[str, Any] = {"nopython": True, "nogil": True, "boundscheck": False
 def helper(function: Callable) -> Any:
     """Compile `function` for use inside kernels; never cached by itself."""
     return CPUDispatcher(py_func=function, targetoptions=dict(OPTIONS))
+
+
+def intrinsic(function: Callable) -> Any:
+    """Numba's intrinsic; for a type checker, a function of any arguments."""
+    return numba.extending.intrinsic(function)
 
 
 def kernel(function: Callable) -> Any:
@@ -62,7 +68,7 @@ def _link(dtypes: set) -> None:
     with global_compiler_lock:
         for symbol, function, signature, dtype in _externals:
             if dtype in dtypes and symbol not in _linked:
-                callback = CFunc(function, (signature.args, signature.return_type), {}, {})
+                callback: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
                 callback._cache = _cache(function)
                 callback.compile()
                 llvmlite.binding.add_symbol(symbol, callback.address)
@@ -82,6 +88,11 @@ def _cache(function: Callable) -> Any:
     except (RuntimeError, OSError):
         # Numba found no directory it may write to: compile in memory.
         return NullCache()
+
+
+def cache_directory() -> str:
+    """Where compiled kernels are kept."""
+    return getattr(_cache(_cache), "_cache_path", "none: no directory can be written to")
 
 
 @functools.cache

@@ -24,7 +24,6 @@ from fastrnn.checks import (
     as_number,
     as_size,
     as_tokens,
-    check_shape,
     load_params,
 )
 from fastrnn.dropout import dropout
@@ -44,12 +43,17 @@ def new_grads(params: Mapping[str, np.ndarray], grads: Params | None) -> Params:
     if grads is None:
         return {key: np.zeros_like(value) for key, value in params.items()}
     for key, value in params.items():
-        found = grads.get(key)
-        fits = isinstance(found, np.ndarray) and found.shape == value.shape
-        if not (fits and found.dtype == value.dtype and found.flags.carray):
+        found: Any = grads.get(key)
+        if not (
+            isinstance(found, np.ndarray)
+            and found.shape == value.shape
+            and found.dtype == value.dtype
+            and found.flags.carray
+        ):
             raise ValueError(
-                f"grads[{key!r}]: expected a contiguous {value.dtype} array of shape {value.shape}, "
-                f"got {getattr(found, 'dtype', type(found).__name__)} {getattr(found, 'shape', '')}"
+                f"grads[{key!r}]: expected a contiguous {value.dtype} array of shape "
+                f"{value.shape}, got {getattr(found, 'dtype', type(found).__name__)} "
+                f"{getattr(found, 'shape', '')}"
             )
     return grads
 
@@ -90,7 +94,7 @@ class Saved:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: T*B*(R*Hp + H + carries*Hp) numbers a layer, Hp being H in whole registers."""
+        """Bytes held: about T*B*(tape*Hp + H + carries*Hp) numbers a layer; Hp: see recurrence."""
         return sum(s.h.nbytes + s.carry.nbytes + s.tape.nbytes for s in self._layers or ())
 
     def take(self, retain: bool) -> list[_Saved]:
@@ -143,7 +147,10 @@ class _Recurrent(Module):
         self.params = {}
         for layer in range(self.num_layers):
             columns = self.input_size if layer == 0 else self.hidden_size
-            shapes = {"weight_ih": (rows, columns), "weight_hh": (rows, self.hidden_size)}
+            shapes: dict[str, tuple] = {
+                "weight_ih": (rows, columns),
+                "weight_hh": (rows, self.hidden_size),
+            }
             if self.bias:
                 shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
             for key, shape in shapes.items():
@@ -400,8 +407,8 @@ class _Recurrent(Module):
             state = (state,)
         elif not isinstance(state, (tuple, list)) or len(state) != len(self.state_names):
             raise TypeError(
-                f"{name}: expected a pair ({', '.join(self.state_names)}), got {type(state).__name__}"
-                + (f" of {len(state)}" if isinstance(state, (tuple, list)) else "")
+                f"{name}: expected a pair ({', '.join(self.state_names)}), "
+                f"got {type(state).__name__}"
             )
         found = []
         for part, value in zip(self.state_names, state, strict=True):
@@ -479,7 +486,7 @@ class Linear(Module):
         self.dtype = as_dtype(dtype)
         random = np.random.default_rng(seed)
         bound = 1 / math.sqrt(self.in_features)
-        shapes = {"weight": (self.out_features, self.in_features)}
+        shapes: dict[str, tuple] = {"weight": (self.out_features, self.in_features)}
         if bias:
             shapes["bias"] = (self.out_features,)
         self.params = {

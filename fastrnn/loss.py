@@ -111,7 +111,7 @@ def softmax_cross_entropy(
 
 
 def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-log softmax(logits)[target] in nats: logits (..., V), int32 targets (...), float64 result."""
+    """-log softmax(logits)[target] in nats, float64: logits (..., V), int32 targets (...)."""
     rows = logits.reshape(-1, logits.shape[-1])
     losses = np.empty(len(rows))
     none = np.empty((0, rows.shape[1]), rows.dtype)

@@ -32,8 +32,8 @@ class LanguageModel(Module):
                     2014, arXiv:1409.2329v5)
     dtype           float32 or float64; seed draws the initial weights
 
-    `params` has the keys of the parts after "embedding.", "rnn." and "head.". The forget gate of the
-    LSTM starts with a bias of 1 (Jozefowicz et al. 2015).
+    `params` has the keys of the parts after "embedding.", "rnn." and "head.". The forget gate of
+    the LSTM starts with a bias of 1 (Jozefowicz et al. 2015).
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class LanguageModel(Module):
         logits, y = self.head.forward(y)
         targets = self._tokens("targets", targets, ids.shape)
         loss, d_logits = softmax_cross_entropy(logits, targets, inplace=True)
-        d_y, _ = self.head.backward(y, d_logits, parts["head"])
+        d_y: Any = self.head.backward(y, d_logits, parts["head"])[0]
         if self.dropout:
             dropout(d_y, self.dropout, seed + SEEDS - 1, d_y)
         d_x, _, _ = self.rnn.backward(saved, d_y, grads=parts["rnn"])
@@ -173,16 +173,34 @@ class LanguageModel(Module):
         return (ids if self.embedding is None else self.embedding(ids)), ids
 
 
-def model_from_config(config: Mapping[str, Any]) -> LanguageModel:
-    """The model of `LanguageModel.config`, its weights still to be loaded; checked strictly."""
-    wanted = set(LanguageModel(1, 1).config())
-    if not isinstance(config, Mapping) or set(config) != wanted:
+def model_from_config(
+    config: Mapping[str, Any], weights: Mapping[str, np.ndarray]
+) -> LanguageModel:
+    """The model of `LanguageModel.config` with these weights; both are checked strictly."""
+    wanted = LanguageModel(1, 1).config()
+    if not isinstance(config, Mapping) or set(config) != set(wanted):
         raise ValueError(f"model: expected the keys {sorted(wanted)}, got {config!r:.200}")
-    for key in ("vocab_size", "hidden_size", "num_layers", "embedding_size"):
-        if type(config[key]) is not int:
-            raise ValueError(f"model: expected an integer {key}, got {config[key]!r:.100}")
-    for key in ("cell", "dtype"):
-        if not isinstance(config[key], str):
-            raise ValueError(f"model: expected a word for {key}, got {config[key]!r:.100}")
+    for key, example in wanted.items():
+        if type(config[key]) is not type(example):
+            kind = type(example).__name__
+            raise ValueError(f"model: expected {key} of type {kind}, got {config[key]!r:.100}")
+    vocab, hidden, layers = (config[k] for k in ("vocab_size", "hidden_size", "num_layers"))
+    # Sizes that the arrays do not bear out must not be allocated.
+    shapes = {
+        "head.weight": (vocab, hidden),
+        "rnn.weight_ih_l0": (None, config["embedding_size"] or vocab),
+        f"rnn.weight_hh_l{layers - 1}": (None, hidden),
+    }
+    for key, shape in shapes.items():
+        found = weights[key].shape if key in weights else None
+        if (
+            found is None
+            or len(found) != 2
+            or found[1] != shape[1]
+            or shape[0] not in (None, found[0])
+        ):
+            raise ValueError(f"model: expected {key} of shape {shape}, got {found}")
     arguments = dict(config)
-    return LanguageModel(arguments.pop("vocab_size"), arguments.pop("hidden_size"), **arguments)
+    model = LanguageModel(arguments.pop("vocab_size"), arguments.pop("hidden_size"), **arguments)
+    model.load_state_dict(weights)
+    return model

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.checks import as_number, as_size, load_params
+from fastrnn.checks import as_number, as_size, for_kernel, load_params
 from fastrnn.jit import kernel
 from fastrnn.parallel import parts_for, run
 
@@ -77,9 +77,9 @@ class Optimizer:
         self.steps += 1
         for key, p in self.params.items():
             slots = [self.state[f"{slot}.{key}"].reshape(-1) for slot in self.slots]
-            g = np.require(grads[key], requirements="CAW").reshape(-1)
-            function, numbers = self._update()
-            numbers = [p.dtype.type(n) if isinstance(n, float) else n for n in numbers]
+            g = for_kernel(grads[key]).reshape(-1)
+            function, arguments = self._update()
+            numbers = [p.dtype.type(n) if isinstance(n, float) else n for n in arguments]
             run(function, parts_for(p.size * 4, p.size), p.reshape(-1), g, *slots, *numbers)
 
     def _update(self) -> tuple[Any, tuple]:

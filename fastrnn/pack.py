@@ -17,7 +17,7 @@ from fastrnn.simd import empty, lanes, load_n, padded, store, transpose, width_o
 
 @kernel
 def _pack_transposed(part, parts, weight, order, size, cols, p):
-    """Panels of `weight.T`: column g*run + u is row order[g]*size + u of weight, zero in the padding.
+    """Panels of `weight.T`: column g*run + u is row order[g]*size + u, zero in the padding.
 
     `cols` registers make a panel: COLS for `multiply`; all of them for rows to be gathered.
     """

@@ -93,7 +93,8 @@ def run(function: Callable, parts: int, *arguments: Any) -> None:
         return
     pool = _pool
     done: SimpleQueue = SimpleQueue()
-    tasks, threads = [], []
+    tasks: list[_Task] = []
+    threads: list[SimpleQueue[_Task]] = []
     try:
         while len(tasks) < parts - 1 and (thread := pool.take(_threads - 1)) is not None:
             threads.append(thread)
@@ -110,9 +111,9 @@ def run(function: Callable, parts: int, *arguments: Any) -> None:
             except BaseException as error:
                 interrupt = error
         pool.give_back(threads)
-    for error in (interrupt, *(task.error for task in tasks)):
-        if error is not None:
-            raise error
+    for failure in (interrupt, *(task.error for task in tasks)):
+        if failure is not None:
+            raise failure
 
 
 def parts_for(work: float, limit: int) -> int:

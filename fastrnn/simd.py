@@ -17,10 +17,12 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils, config
 from numba.core.datamodel import models
-from numba.core.extending import intrinsic, register_model
+from numba.core.extending import register_model
 from numba.core.imputils import lower_builtin
 from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+
+from fastrnn.jit import intrinsic
 
 ALIGNMENT = 64
 

@@ -11,9 +11,9 @@ h     the hidden state, before (argument) and after (result) the step
 carry a tuple of the further states, for the LSTM (c,)
 tape  a tuple of what backward needs; it returns there the gradients of the gates
 
-`d_tape` holds runs of gate gradients: the first `gates` runs belong to x, the `gates` runs from `tail` on belong to a
-(one array for both, since all but the GRU's candidate are the same number). `d_h_prev` is only what
-flows to h_{t-1} past the matrix W_h.
+`d_tape` holds runs of gate gradients: the first `gates` of them belong to x, the `gates` from
+`tail` on belong to a (in one array, since all but the GRU's candidate are the same number).
+`d_h_prev` is only what flows to h_{t-1} past the matrix W_h.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core.datamodel import models
-from numba.core.extending import intrinsic, overload, register_model, typeof_impl, unbox
+from numba.core.extending import overload, register_model, typeof_impl, unbox
 from numba.core.pythonapi import NativeValue
 
+from fastrnn.jit import intrinsic
 from fastrnn.simd import Vec, address, read, write
 
 
