@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 
-def as_dtype(dtype: Any) -> np.dtype:
+def as_dtype(dtype: Any, name: str = "dtype") -> np.dtype:
     """float32 or float64."""
     try:
         found = np.dtype(dtype)
     except TypeError:
         found = None
     if found not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise ValueError(f"dtype: expected float32 or float64, got {dtype!r}")
+        raise ValueError(f"{name}: expected float32 or float64, got {dtype!r}")
     return found
 
 
@@ -75,7 +75,7 @@ def check_shape(name: str, array: np.ndarray, shape: Sequence[int | None], names
         for found, wanted in zip(array.shape, shape, strict=True)
     )
     if not fits:
-        letters = names.strip("()").split(", ")
+        letters = names.strip("()").split(", ") if shape else []
         wanted = ", ".join(
             letter if size is None else str(size)
             for letter, size in zip(letters, shape, strict=True)
@@ -111,6 +111,27 @@ def as_tokens(
         wrong = low if low < 0 else high
         raise ValueError(f"{name}: expected tokens in [0, {size}), got {wrong}")
     return for_kernel(array, np.int32)
+
+
+def as_token(name: str, value: Any, size: int) -> int:
+    """A token in [0, size)."""
+    token = as_size(name, value, 0)
+    if token >= size:
+        raise ValueError(f"{name}: expected a token in [0, {size}), got {token}")
+    return token
+
+
+def check_in_place(name: str, value: Any, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """`value`, used by address: a contiguous, writable array of `dtype` and `shape`."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__}")
+    if value.dtype != dtype or value.shape != shape or not value.flags.carray:
+        layout = "" if value.flags.carray else ", not contiguous or not writable"
+        raise ValueError(
+            f"{name}: expected a contiguous, writable {dtype} array of shape {shape}, "
+            f"got {value.dtype} of shape {value.shape}{layout}"
+        )
+    return value
 
 
 def load_params(

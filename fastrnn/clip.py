@@ -31,6 +31,12 @@ def _squares(x, block):
     return total
 
 
+def _check_writable(grads: Mapping[str, np.ndarray]) -> None:
+    for key, g in grads.items():
+        if not g.flags.writeable:
+            raise ValueError(f"grads[{key!r}]: expected a writable array, got a read-only one")
+
+
 def grad_norm(grads: Mapping[str, np.ndarray], norm_type: float = 2.0) -> float:
     """The norm of all gradients as one vector; `norm_type` 2 or inf."""
     if norm_type == 2:
@@ -40,7 +46,7 @@ def grad_norm(grads: Mapping[str, np.ndarray], norm_type: float = 2.0) -> float:
         return math.sqrt(total)
     if norm_type == math.inf:
         # max() of Python would lose a NaN.
-        return float(np.max([np.max(np.abs(g)) for g in grads.values()]))
+        return float(np.max([0.0, *(np.max(np.abs(g)) for g in grads.values())]))
     raise ValueError(f"norm_type: expected 2 or inf, got {norm_type!r}")
 
 
@@ -56,6 +62,7 @@ def clip_grad_norm_(
     `error_if_nonfinite` a ValueError tells.
     """
     limit = as_number("max_norm", max_norm, 0, math.inf)
+    _check_writable(grads)
     norm = grad_norm(grads, norm_type)
     if not math.isfinite(norm):
         if error_if_nonfinite:
@@ -71,5 +78,6 @@ def clip_grad_norm_(
 def clip_grad_value_(grads: Mapping[str, np.ndarray], clip_value: float) -> None:
     """Limit every element of the gradients to [-clip_value, clip_value]."""
     limit = as_number("clip_value", clip_value, 0, math.inf)
+    _check_writable(grads)
     for g in grads.values():
         np.clip(g, -limit, limit, out=g)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
 
 from fastrnn.cells.cell import forward, load_carry, load_gates, store_runs
-from fastrnn.checks import as_array, as_number, as_size, as_tokens
+from fastrnn.checks import as_array, as_number, as_size, as_token, as_tokens
 from fastrnn.dropout import random_bits
 from fastrnn.gemm import multiply, scratch
 from fastrnn.jit import helper, kernel
@@ -20,8 +21,11 @@ from fastrnn.simd import flush_denormals, load, load_n, restore_denormals, store
 
 @helper
 def _argmax(logits, at, size):
+    """Where the largest is, or the first NaN."""
     best = 0
-    for j in range(1, size):
+    for j in range(size):
+        if math.isnan(logits[at + j]):
+            return j
         if logits[at + j] > logits[at + best]:
             best = j
     return best
@@ -194,6 +198,12 @@ def generate(
     p = 1.0 if top_p is None else as_number("top_p", top_p, 0, math.inf, open_low=True)
     if p > 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    end = -1 if eos is None else as_token("eos", eos, vocabulary)
+    # Kernels read a denormal number as zero.
+    temperature = max(temperature, sys.float_info.min)
+    for part in (model.embedding, model.rnn, model.head):
+        if part is not None:
+            part.check_params()
     array = as_array("prompt", prompt)
     if array.ndim == 1:
         array = np.repeat(array[:, None], as_size("num_sequences", num_sequences), axis=1)
@@ -254,7 +264,7 @@ def generate(
         k,
         p,
         np.uint64(seed % 2**64),
-        -1 if eos is None else int(eos),
+        end,
         out,
         counts,
     )

@@ -24,12 +24,14 @@ from fastrnn.checks import (
     as_number,
     as_size,
     as_tokens,
+    check_in_place,
     load_params,
 )
 from fastrnn.dropout import dropout
+from fastrnn.memory import empty, zeros
 from fastrnn.pack import pack, pack_bias, pack_transposed
 from fastrnn.parallel import parts_for, run
-from fastrnn.simd import empty, lanes, padded
+from fastrnn.simd import lanes, padded
 
 Params = dict[str, np.ndarray]
 State = Any  # h (layers, B, H), or for the LSTM (h, c)
@@ -41,20 +43,11 @@ _CHUNK_BYTES = 1 << 18
 def new_grads(params: Mapping[str, np.ndarray], grads: Params | None) -> Params:
     """`grads`, checked against `params`, or zeros."""
     if grads is None:
-        return {key: np.zeros_like(value) for key, value in params.items()}
+        return {key: zeros(value.shape, value.dtype) for key, value in params.items()}
+    if not isinstance(grads, Mapping):
+        raise TypeError(f"grads: expected a mapping of arrays, got {type(grads).__name__}")
     for key, value in params.items():
-        found: Any = grads.get(key)
-        if not (
-            isinstance(found, np.ndarray)
-            and found.shape == value.shape
-            and found.dtype == value.dtype
-            and found.flags.carray
-        ):
-            raise ValueError(
-                f"grads[{key!r}]: expected a contiguous {value.dtype} array of shape "
-                f"{value.shape}, got {getattr(found, 'dtype', type(found).__name__)} "
-                f"{getattr(found, 'shape', '')}"
-            )
+        check_in_place(f"grads[{key!r}]", grads.get(key), value.dtype, value.shape)
     return grads
 
 
@@ -62,6 +55,24 @@ class Module:
     """Parameters by name."""
 
     params: Params
+    dtype: np.dtype
+    _shapes: dict[str, tuple[int, ...]]
+
+    def _own(self, params: Params) -> None:
+        self.params = params
+        self._shapes = {key: value.shape for key, value in params.items()}
+
+    def check_params(self) -> None:
+        """Raise if an array was put into `params` that kernels cannot read by address."""
+        for key, shape in self._shapes.items():
+            p = self.params.get(key)
+            if not (
+                isinstance(p, np.ndarray)
+                and p.shape == shape
+                and p.dtype == self.dtype
+                and p.flags.c_contiguous
+            ):
+                check_in_place(f"params[{key!r}]", p, self.dtype, shape)
 
     def state_dict(self) -> Params:
         """A copy of the parameters."""
@@ -86,7 +97,10 @@ class _Saved:
 class Saved:
     """What backward needs from forward. Backward works in this memory: it can be used once."""
 
-    def __init__(self, layers: list[_Saved], token_input: bool, unbatched: bool) -> None:
+    def __init__(
+        self, kind: tuple, layers: list[_Saved], token_input: bool, unbatched: bool
+    ) -> None:
+        self.kind = kind
         self._layers: list[_Saved] | None = layers
         self.token_input = token_input
         self.unbatched = unbatched
@@ -94,7 +108,10 @@ class Saved:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: about T*B*(tape*Hp + H + carries*Hp) numbers a layer; Hp: see recurrence."""
+        """Bytes held: B*(T*tape*Hp + (T+1)*(H + carries*Hp)) numbers a layer; Hp: see recurrence.
+
+        Beside them x is kept by reference, and for each layer after dropout what it let through.
+        """
         return sum(s.h.nbytes + s.carry.nbytes + s.tape.nbytes for s in self._layers or ())
 
     def take(self, retain: bool) -> list[_Saved]:
@@ -144,7 +161,7 @@ class _Recurrent(Module):
         random = np.random.default_rng(seed)
         bound = 1 / math.sqrt(self.hidden_size)
         rows = self.cell.gates * self.hidden_size
-        self.params = {}
+        params = {}
         for layer in range(self.num_layers):
             columns = self.input_size if layer == 0 else self.hidden_size
             shapes: dict[str, tuple] = {
@@ -155,8 +172,13 @@ class _Recurrent(Module):
                 shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
             for key, shape in shapes.items():
                 values = random.uniform(-bound, bound, shape)
-                self.params[f"{key}_l{layer}"] = values.astype(self.dtype)
+                params[f"{key}_l{layer}"] = values.astype(self.dtype)
+        self._own(params)
         self._seeds = np.random.default_rng(random.integers(2**63))
+
+    def _kind(self) -> tuple:
+        """What two layers share if one can work on what the other has saved."""
+        return self.cell.name, self.input_size, self.hidden_size, self.num_layers, self.dtype
 
     def __repr__(self) -> str:
         return (
@@ -191,6 +213,7 @@ class _Recurrent(Module):
             raise ValueError(
                 "lengths: expected None; not there yet: call once for each group of equal length"
             )
+        self.check_params()
         x, unbatched = self._input(x)
         steps, batch = x.shape[:2]
         states = self._initial(state, batch, unbatched)
@@ -211,7 +234,8 @@ class _Recurrent(Module):
         for i in range(self.cell.carries):
             at = slice(i * run_length, i * run_length + self.hidden_size)
             last.append(np.stack([s.carry[-1, :, at] for s in saved]))
-        result = Saved(saved, saved[0].x.dtype == np.int32, unbatched) if keep else None
+        tokens = saved[0].x.dtype == np.int32
+        result = Saved(self._kind(), saved, tokens, unbatched) if keep else None
         return self._outward(x, unbatched), self._state_out(last, unbatched), result
 
     def _run_layer(self, layer: int, x: np.ndarray, states: list, keep: bool) -> _Saved:
@@ -226,7 +250,8 @@ class _Recurrent(Module):
         chunk = max(1, min(steps, _CHUNK_BYTES // (-(-batch // parts) * row * dtype.itemsize)))
         h = empty((steps + 1, batch, size), dtype)
         h[0] = states[0]
-        carry = np.zeros((steps + 1 if keep else 1, batch, cell.carries * hidden), dtype)
+        carry = empty((steps + 1 if keep else 1, batch, cell.carries * hidden), dtype)
+        carry[0] = 0
         for i, value in enumerate(states[1:]):
             carry[0, :, i * hidden : i * hidden + size] = value
         tape = empty((steps if keep else chunk, batch, row), dtype)
@@ -270,6 +295,12 @@ class _Recurrent(Module):
             raise TypeError(
                 f"saved: expected the third result of forward, got {type(saved).__name__}"
             )
+        if saved.kind != self._kind():
+            raise ValueError(
+                f"saved: expected the result of forward of a layer {self._kind()}, "
+                f"got that of {saved.kind}"
+            )
+        self.check_params()
         grads = new_grads(self.params, grads)
         steps, batch = saved.shape[0] - 1, saved.shape[1]
         d_states = self._initial(d_state, batch, saved.unbatched, name="d_state")
@@ -326,7 +357,7 @@ class _Recurrent(Module):
         gates = (cell.gates, size)
         order = list(cell.order_x)
         if tokens:
-            rows = np.zeros((inputs, cell.gates, hidden), dtype)
+            rows = zeros((inputs, cell.gates, hidden), dtype)
             rows[:, :, :size] = d_w_x.reshape(*gates, inputs)[order].transpose(2, 0, 1)
             sums = np.zeros((cell.gates, hidden), dtype)
             sums[:, :size] = d_b_x.reshape(gates)[order]
@@ -489,10 +520,12 @@ class Linear(Module):
         shapes: dict[str, tuple] = {"weight": (self.out_features, self.in_features)}
         if bias:
             shapes["bias"] = (self.out_features,)
-        self.params = {
-            key: random.uniform(-bound, bound, shape).astype(self.dtype)
-            for key, shape in shapes.items()
-        }
+        self._own(
+            {
+                key: random.uniform(-bound, bound, shape).astype(self.dtype)
+                for key, shape in shapes.items()
+            }
+        )
 
     def __call__(self, x: Any) -> np.ndarray:
         """x (..., in_features) -> y (..., out_features)."""
@@ -500,6 +533,7 @@ class Linear(Module):
 
     def forward(self, x: Any) -> tuple[np.ndarray, np.ndarray]:
         """y, and what backward needs (x itself)."""
+        self.check_params()
         array = as_array("x", x)
         lead = (None,) * max(0, array.ndim - 1)
         names = "(" + "..., " * len(lead) + "I)"
@@ -518,6 +552,10 @@ class Linear(Module):
         self, saved: np.ndarray, d_y: Any, grads: Params | None = None, *, need_d_x: bool = True
     ) -> tuple[np.ndarray | None, Params]:
         """d_x like x (None if not needed) and the gradients of the parameters."""
+        self.check_params()
+        lead = (None,) * max(0, np.ndim(saved) - 1)
+        names = "(" + "..., " * len(lead) + "I)"
+        saved = as_floats("saved", saved, self.dtype, (*lead, self.in_features), names)
         grads = new_grads(self.params, grads)
         shape = (*saved.shape[:-1], self.out_features)
         names = "(" + "..., " * (len(shape) - 1) + "O)"
@@ -560,7 +598,7 @@ class Embedding(Module):
         self.embedding_dim = as_size("embedding_dim", embedding_dim)
         self.dtype = as_dtype(dtype)
         values = np.random.default_rng(seed).standard_normal((num_embeddings, embedding_dim))
-        self.params = {"weight": values.astype(self.dtype)}
+        self._own({"weight": values.astype(self.dtype)})
 
     def __call__(self, tokens: Any) -> np.ndarray:
         """Integers (...) -> vectors (..., embedding_dim)."""
@@ -568,13 +606,13 @@ class Embedding(Module):
 
     def forward(self, tokens: Any) -> tuple[np.ndarray, np.ndarray]:
         """The vectors, and what backward needs (the tokens)."""
-        array = as_array("tokens", tokens)
-        names = "(" + ", ".join("TBNM"[: array.ndim]) + ")"
-        array = as_tokens("tokens", array, self.num_embeddings, (None,) * array.ndim, names)
+        self.check_params()
+        array = self._tokens("tokens", tokens)
         return self.params["weight"][array], array
 
     def backward(self, saved: np.ndarray, d_y: Any, grads: Params | None = None) -> Params:
         """The gradient of `weight` from that of the vectors."""
+        saved = self._tokens("saved", saved)
         grads = new_grads(self.params, grads)
         shape = (*saved.shape, self.embedding_dim)
         names = "(" + "..., " * saved.ndim + "E)"
@@ -585,3 +623,8 @@ class Embedding(Module):
         parts = parts_for(d_y.size * 4, self.embedding_dim // lanes(self.dtype))
         run(gemm.scatter_rows, parts, tokens, rows, grads["weight"], unused)
         return grads
+
+    def _tokens(self, name: str, tokens: Any) -> np.ndarray:
+        array = as_array(name, tokens)
+        names = "(" + ", ".join(["..."] * array.ndim) + ")"
+        return as_tokens(name, array, self.num_embeddings, (None,) * array.ndim, names)

@@ -10,10 +10,10 @@ import numpy as np
 from fastrnn.checks import as_array, as_dtype, as_floats, as_tokens, check_shape
 from fastrnn.gemm import scratch
 from fastrnn.jit import kernel
+from fastrnn.memory import empty
 from fastrnn.parallel import parts_for, run
 from fastrnn.simd import (
     broadcast,
-    empty,
     load,
     load_n,
     select_greater,
@@ -84,7 +84,7 @@ def softmax_cross_entropy(
     inplace  let the gradient take the memory of the logits
     """
     array = as_array("logits", logits)
-    dtype = as_dtype(array.dtype)
+    dtype = as_dtype(array.dtype, "logits")
     lead = array.shape[:-1]
     names = "(" + "..., " * len(lead) + "V)"
     array = as_floats("logits", array, dtype, (*(None for _ in lead), None), names)
@@ -126,8 +126,10 @@ def logistic_loss(logits: Any, targets: Any) -> tuple[float, np.ndarray]:
     logits and targets have one shape; targets are in [0, 1].
     """
     x = as_array("logits", logits)
-    dtype = as_dtype(x.dtype)
+    dtype = as_dtype(x.dtype, "logits")
     t = as_array("targets", targets)
+    if x.size == 0:
+        raise ValueError(f"logits: expected at least one number, got shape {x.shape}")
     check_shape("targets", t, x.shape, "(" + ", ".join("..." for _ in x.shape) + ")")
     if not (t.min() >= 0 and t.max() <= 1):
         raise ValueError(f"targets: expected numbers in [0, 1], got {t.min()} to {t.max()}")

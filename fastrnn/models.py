@@ -11,7 +11,7 @@ from fastrnn.checks import as_array, as_choice, as_dtype, as_number, as_size, as
 from fastrnn.dropout import dropout
 from fastrnn.layers import GRU, LSTM, RNN, Embedding, Linear, Module, Params, State, new_grads
 from fastrnn.loss import softmax_cross_entropy, token_losses
-from fastrnn.simd import empty
+from fastrnn.memory import empty
 
 CELL_NAMES = ("lstm", "gru", "rnn")
 # Seeds of one step: one for each layer, the last for the dropout before the head.

@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.checks import as_number, as_size, for_kernel, load_params
+from fastrnn.checks import (
+    as_array,
+    as_dtype,
+    as_number,
+    as_size,
+    check_in_place,
+    for_kernel,
+    load_params,
+)
 from fastrnn.jit import kernel
 from fastrnn.parallel import parts_for, run
 
@@ -56,6 +64,10 @@ class Optimizer:
     slots: tuple[str, ...] = ()
 
     def __init__(self, params: Arrays, lr: float) -> None:
+        for key, value in params.items():
+            name = f"params[{key!r}]"
+            dtype = as_dtype(getattr(value, "dtype", type(value)), name)
+            check_in_place(name, value, dtype, np.shape(value))
         self.params = params
         self.lr = as_number("lr", lr, 0, math.inf)
         self.steps = 0
@@ -68,7 +80,11 @@ class Optimizer:
     def step(self, grads: Mapping[str, np.ndarray]) -> None:
         """Change every parameter by its gradient."""
         for key, p in self.params.items():
-            g = grads[key]
+            if key not in grads:
+                raise ValueError(
+                    f"grads: expected keys {sorted(self.params)}, got none for {key!r}"
+                )
+            g = as_array(f"grads[{key!r}]", grads[key])
             if g.shape != p.shape or g.dtype != p.dtype:
                 raise ValueError(
                     f"grads[{key!r}]: expected {p.dtype} of shape {p.shape}, "

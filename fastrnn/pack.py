@@ -11,8 +11,9 @@ import numpy as np
 
 from fastrnn.gemm import COLS
 from fastrnn.jit import kernel
+from fastrnn.memory import empty
 from fastrnn.parallel import parts_for, run
-from fastrnn.simd import empty, lanes, load_n, padded, store, transpose, width_of
+from fastrnn.simd import lanes, load_n, padded, store, transpose, width_of
 
 
 @kernel

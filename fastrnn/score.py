@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.checks import as_array, as_tokens
+from fastrnn.checks import as_array, as_token, as_tokens
 from fastrnn.models import LanguageModel
 
 _BATCH = 64
@@ -20,6 +20,7 @@ def score(model: LanguageModel, sequences: Sequence[Any], start: int) -> list[np
     start      the token that stands before the first one
     Returns a float64 array for each sequence; its sum is the log-probability of the whole.
     """
+    start = as_token("start", start, model.vocab_size)
     ids = []
     for i, sequence in enumerate(sequences):
         array = as_array(f"sequences[{i}]", sequence)

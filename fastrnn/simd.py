@@ -24,8 +24,6 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 
 from fastrnn.jit import intrinsic
 
-ALIGNMENT = 64
-
 _PROBE = """
 target triple = "{triple}"
 define void @f(ptr %a, ptr %b) {{
@@ -77,15 +75,6 @@ def lanes(dtype: Any) -> int:
 def padded(size: int, dtype: Any) -> int:
     """`size` rounded up to whole registers."""
     return -(-size // lanes(dtype)) * lanes(dtype)
-
-
-def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An uninitialised C-contiguous array that starts on a register boundary."""
-    dtype = np.dtype(dtype)
-    count = int(np.prod(shape))
-    raw = np.empty(count + ALIGNMENT // dtype.itemsize, dtype)
-    start = (-raw.ctypes.data % ALIGNMENT) // dtype.itemsize
-    return raw[start : start + count].reshape(shape)
 
 
 class Vec(types.Type):
