@@ -10,12 +10,11 @@ written is skipped.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +64,49 @@ _linked: dict[str, Any] = {}
 
 
 def _link(dtypes: set) -> None:
+    for symbol, function, signature, dtype in _externals:
+        if dtype in dtypes and symbol not in _linked:
+            callback: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
+            callback._cache = _cache(function)
+            callback.compile()
+            llvmlite.binding.add_symbol(symbol, callback.address)
+            _linked[symbol] = callback
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Compile, one thread at a time, also where NUMBA_DISABLE_JIT leaves the user's code in Python.
+
+    That setting would break the functions that Numba itself is made of, and with them our kernels.
+    """
     with global_compiler_lock:
-        for symbol, function, signature, dtype in _externals:
-            if dtype in dtypes and symbol not in _linked:
-                callback: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
-                callback._cache = _cache(function)
-                callback.compile()
-                llvmlite.binding.add_symbol(symbol, callback.address)
-                _linked[symbol] = callback
+        disabled, config.DISABLE_JIT = config.DISABLE_JIT, 0
+        try:
+            yield
+        finally:
+            config.DISABLE_JIT = disabled
+
+
+if hasattr(os, "register_at_fork"):
+    # A child forked while another thread compiles would wait for that thread for ever.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 class _Kernel(CPUDispatcher):
     def compile(self, sig: Any) -> Any:
         arguments, _ = sigutils.normalize_signature(sig)
-        _link({a.dtype for a in arguments if isinstance(a, types.Array)})
-        return super().compile(sig)
+        with _compiling():
+            _link({a.dtype for a in arguments if isinstance(a, types.Array)})
+            return super().compile(sig)
 
 
 def _cache(function: Callable) -> Any:
+    if _SOURCES is None:
+        return NullCache()
     try:
         return _KernelCache(function)
     except (RuntimeError, OSError):
@@ -95,15 +119,29 @@ def cache_directory() -> str:
     return getattr(_cache(_cache), "_cache_path", "none: no directory can be written to")
 
 
-@functools.cache
-def source_stamp() -> str:
-    """Hash of the package's sources and of every version and option that shapes machine code."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    options = (OPTIONS, config.OPT, config.BOUNDSCHECK, config.LOOP_VECTORIZE, config.SLP_VECTORIZE)
-    digest.update(repr((numba.__version__, llvmlite.__version__, options)).encode())
-    return digest.hexdigest()
+def _hash_sources() -> str | None:
+    """Hash of the package's sources and of the compilers; None if there are no sources to read.
+
+    That is so in a zip file or a frozen program, where nothing tells one release from the next.
+    """
+    digest = hashlib.sha256(repr((numba.__version__, llvmlite.__version__)).encode())
+    try:
+        paths = sorted(Path(__file__).parent.rglob("*.py"))
+        for path in paths:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    except OSError:
+        return None
+    return digest.hexdigest() if paths else None
+
+
+# Now, when the package is imported: a later edit of the files does not change this process.
+_SOURCES = _hash_sources()
+
+
+def _settings() -> tuple:
+    """What else shapes machine code: options, and the variables that Numba reads."""
+    names = ("OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "CPU_NAME", "CPU_FEATURES")
+    return (OPTIONS, *(getattr(config, name) for name in names))
 
 
 class _KernelCache(FunctionCache):
@@ -122,8 +160,10 @@ class _KernelCache(FunctionCache):
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep a compiled function; losing it (full disk, no permission) costs only time."""
-        with contextlib.suppress(OSError):
-            super().save_overload(sig, data)
+        # If the sources are not those of this process any more, its code must not pass for theirs.
+        with contextlib.suppress(Exception):
+            if _hash_sources() == _SOURCES:
+                super().save_overload(sig, data)
 
 
 class _Files:
@@ -134,8 +174,11 @@ class _Files:
         self._base = base
 
     def _path(self, key: Any) -> Path:
-        name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
-        return self._directory / f"{self._base}.{source_stamp()[:12]}.{name}.nbc"
+        name = hashlib.sha256(repr((_settings(), key)).encode()).hexdigest()[:24]
+        return self._directory / f"{self._stem()}{name}.nbc"
+
+    def _stem(self) -> str:
+        return f"{self._base}.{(_SOURCES or '')[:12]}."
 
     def load(self, key: Any) -> Any:
         try:
@@ -153,11 +196,11 @@ class _Files:
         try:
             temporary.write_bytes(hashlib.sha256(payload).digest() + payload)
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         for other in self._directory.glob(f"{self._base}.*.nbc"):
-            if f".{source_stamp()[:12]}." not in other.name:
+            if not other.name.startswith(self._stem()):
                 other.unlink(missing_ok=True)
 
     def flush(self) -> None:

@@ -42,8 +42,8 @@ class _Block:
     def __del__(self) -> None:
         global _idle_bytes
         raw = self._raw
-        # Never wait: the collector may run this inside the lock.
-        if _lock.acquire(blocking=False):
+        # Never wait: the collector may run this inside the lock. None: the interpreter is ending.
+        if _lock is not None and _lock.acquire(blocking=False):
             try:
                 if _idle_bytes + raw.nbytes <= _KEPT:
                     _idle.setdefault(raw.nbytes, []).append(raw)

@@ -20,22 +20,31 @@ _SMALL = 1_000_000
 
 
 class _Task:
-    """One part of a call: a function, its arguments and what became of it."""
+    """One part of a call: a function, its arguments, who does it and what became of it."""
 
-    __slots__ = ("arguments", "done", "error", "finished", "function")
+    __slots__ = ("arguments", "done", "error", "finished", "function", "owner")
 
     def __init__(self, function: Callable, arguments: tuple, done: SimpleQueue) -> None:
         self.function = function
         self.arguments = arguments
         self.done = done
+        self.owner: dict[str, str] = {}
         self.finished = False
         self.error: BaseException | None = None
 
+    def claim(self, who: str) -> bool:
+        """Whether `who` does this part: the first that asked."""
+        # One step, which neither a thread nor an interrupt can cut in two; asking again is safe.
+        return self.owner.setdefault("who", who) == who
+
     def run(self) -> None:
+        if not self.claim("thread"):
+            return
         try:
             self.function(*self.arguments)
         except BaseException as error:
             self.error = error
+        self.arguments = ()
         self.finished = True
         self.done.put(None)
 
@@ -49,29 +58,34 @@ class _Pool:
     """Idle threads, each known by the queue it waits on."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: list[SimpleQueue[_Task]] = []
+        # Reentrant: a signal handler may call the library from inside.
+        self._lock = threading.RLock()
+        self._free: dict[SimpleQueue[_Task], None] = {}
         self._started = 0
 
-    def take(self, limit: int) -> SimpleQueue[_Task] | None:
-        """A free thread, a new one if fewer than `limit` exist, or None."""
+    def take(self, taken: list[SimpleQueue[_Task]], limit: int) -> bool:
+        """Add a free thread, or a new one if fewer than `limit` exist; False if there is none."""
         with self._lock:
             if self._free:
-                return self._free.pop()
+                # In this order no interrupt can lose the thread.
+                taken.append(next(reversed(self._free)))
+                self._free.pop(taken[-1], None)
+                return True
             if self._started >= limit:
-                return None
+                return False
             tasks: SimpleQueue[_Task] = SimpleQueue()
             try:
                 threading.Thread(target=_work, args=(tasks,), name="fastrnn", daemon=True).start()
             except RuntimeError:
                 # The system's limit, or an interpreter that is shutting down.
-                return None
+                return False
             self._started += 1
-            return tasks
+            taken.append(tasks)
+            return True
 
     def give_back(self, threads: list[SimpleQueue[_Task]]) -> None:
         with self._lock:
-            self._free.extend(threads)
+            self._free.update(dict.fromkeys(threads))
 
 
 _pool = _Pool()
@@ -96,21 +110,28 @@ def run(function: Callable, parts: int, *arguments: Any) -> None:
     tasks: list[_Task] = []
     threads: list[SimpleQueue[_Task]] = []
     try:
-        while len(tasks) < parts - 1 and (thread := pool.take(_threads - 1)) is not None:
-            threads.append(thread)
+        while len(tasks) < parts - 1 and pool.take(threads, _threads - 1):
             tasks.append(_Task(function, (len(tasks) + 1, parts, *arguments), done))
-            thread.put(tasks[-1])
+            threads[-1].put(tasks[-1])
         for part in (0, *range(len(tasks) + 1, parts)):
             function(part, parts, *arguments)
+        for part, task in enumerate(tasks, 1):
+            if task.claim("caller"):  # its thread has not woken up yet
+                task.arguments = ()
+                function(part, parts, *arguments)
     finally:
-        # The threads write into the caller's arrays: an interrupt waits for them too.
+        # The threads write into the caller's arrays: an interrupt waits for them too, wherever it
+        # comes. Each of these steps may be done twice.
         interrupt = None
-        while not all(task.finished for task in tasks):
+        while True:
             try:
-                done.get()
+                begun = [task for task in tasks if not task.claim("caller")]
+                while not all(task.finished for task in begun):
+                    done.get()
+                pool.give_back(threads)
+                break
             except BaseException as error:
                 interrupt = error
-        pool.give_back(threads)
     for failure in (interrupt, *(task.error for task in tasks)):
         if failure is not None:
             raise failure

@@ -1,0 +1,281 @@
+"""What the tests of the kernels share: problems, the reference's answers, and the one tolerance."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+import fastrnn
+from fastrnn import parallel
+from fastrnn.cells import CELLS
+from fastrnn.reference import CELLS as REFERENCE
+
+DTYPES = [np.float32, np.float64]
+# float32 relu: a pre-activation this near zero might fall on either side of the kink.
+KINK = 1e-4
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+each_cell = pytest.mark.parametrize("cell", sorted(CELLS))
+
+
+def tolerance(dtype, terms):
+    """Largest relative error that sums of `terms` numbers of `dtype` may have.
+
+    float64: 1e-12, whatever the sum. float32: rounding errors of n terms add up like a random walk
+    (Higham and Mary 2019), eps * sqrt(n); the factor is what nonlinearities and norms may add.
+    """
+    if np.dtype(dtype) == np.float64:
+        return 1e-12
+    return 8 * float(np.finfo(np.float32).eps) * float(np.sqrt(terms))
+
+
+def agree(got, want, dtype, terms, name="", scale=0.0):
+    """Assert that `got` is `want`: in norm, and element by element on the scale of the array.
+
+    `scale` is the size of a usual element, where those of `want` may have cancelled out.
+    """
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
+    assert got.dtype == np.dtype(dtype), f"{name}: {got.dtype}, expected {np.dtype(dtype)}"
+    assert np.isfinite(want).all(), f"{name}: the expected value is not finite"
+    assert np.isfinite(got).all(), f"{name}: not finite at {np.argwhere(~np.isfinite(got))[:5]}"
+    bound = tolerance(dtype, terms)
+    error = np.abs(got.astype(np.float64) - want)
+    usual = max(rms(want), scale) or 1.0
+    relative = rms(error) / usual
+    assert relative <= bound, f"{name}: relative error {relative:.2e}, allowed {bound:.2e}"
+    worst = np.max(error / (np.abs(want) + usual), initial=0)
+    assert worst <= bound, f"{name}: element off by {worst:.2e}, allowed {bound:.2e}"
+
+
+def rms(*arrays):
+    """Root mean square of all elements."""
+    size = sum(a.size for a in arrays)
+    return float(np.sqrt(sum(np.vdot(a, a) for a in arrays) / max(1, size)))
+
+
+def same(got, want, name=""):
+    """Assert that the bits are the same."""
+    assert got.dtype == want.dtype, name
+    assert got.shape == want.shape, name
+    if not np.array_equal(got, want, equal_nan=got.dtype.kind == "f"):
+        wrong = np.argwhere(~((got == want) | ((got != got) & (want != want))))
+        raise AssertionError(f"{name}: {len(wrong)} of {got.size} elements, first {wrong[:3]}")
+
+
+def same_results(got, want):
+    """Assert that two dicts of arrays have the same bits."""
+    assert got.keys() == want.keys()
+    for key in want:
+        same(got[key], want[key], key)
+
+
+def frozen(array):
+    """The array, read-only: code that wrote to it would raise or make a copy."""
+    array.flags.writeable = False
+    return array
+
+
+@contextmanager
+def threads(count):
+    """Cut every call, however small, into `count` parts."""
+    before = parallel._SMALL, parallel.get_num_threads()
+    parallel._SMALL = 0
+    parallel.set_num_threads(count)
+    try:
+        yield
+    finally:
+        parallel._SMALL = before[0]
+        parallel.set_num_threads(before[1])
+
+
+def reference_of(cell):
+    """The reference module of a cell and the options that make it this cell."""
+    name, _, option = cell.partition("_")
+    return REFERENCE[name], {"nonlinearity": option} if option else {}
+
+
+def new_layer(cell, *sizes, **options):
+    """The public layer that runs a cell."""
+    name, _, option = cell.partition("_")
+    if option:
+        options["nonlinearity"] = option
+    return getattr(fastrnn, name.upper())(*sizes, **options)
+
+
+def as_parts(state):
+    """A state as a tuple of arrays, whatever the cell."""
+    return tuple(state) if isinstance(state, (tuple, list)) else (state,)
+
+
+def as_state(parts):
+    """The opposite: what a layer takes and returns."""
+    return tuple(parts) if len(parts) > 1 else parts[0]
+
+
+@dataclass
+class Problem:
+    """A layer with parameters, and everything that goes into forward and backward."""
+
+    cell: str
+    rnn: object
+    x: np.ndarray
+    state: tuple
+    d_output: np.ndarray
+    d_state: tuple
+    names: tuple = field(init=False)
+
+    def __post_init__(self):
+        self.names = reference_of(self.cell)[0].STATES
+
+    @property
+    def dtype(self):
+        return self.rnn.dtype
+
+    @property
+    def terms(self):
+        """Numbers that the longest chain of sums behind any result adds up."""
+        rnn = self.rnn
+        steps, batch = self.x.shape[:2]
+        inputs = 1 if self.x.dtype.kind == "i" else rnn.input_size
+        gates = rnn.cell.gates * rnn.hidden_size
+        return rnn.num_layers * steps * (inputs + rnn.hidden_size + gates + 8) + steps * batch
+
+    def piece(self, rows=slice(None), columns=slice(None)):
+        """The same layer on some steps and sequences."""
+        return Problem(
+            self.cell,
+            self.rnn,
+            self.x[rows, columns],
+            tuple(s[:, columns] for s in self.state),
+            self.d_output[rows, columns],
+            tuple(s[:, columns] for s in self.d_state),
+        )
+
+
+def make_problem(
+    cell, T, B, I, H, *, layers=1, bias=True, tokens=False, dtype=np.float64, seed=0, **options
+):  # noqa: E741
+    """A random problem; relu comes alive and away from its kink."""
+    rng = np.random.default_rng([seed, T, B, I, H, layers])
+    rnn = new_layer(cell, I, H, layers, bias=bias, dtype=dtype, seed=0, **options)
+    for _ in range(500):
+        problem = _draw(cell, rng, rnn, T, B, I, H, tokens)
+        if "relu" not in cell or _away_from_kink(problem):
+            return problem
+    raise AssertionError("no draw away from the kink")
+
+
+def _draw(cell, rng, rnn, T, B, I, H, tokens):  # noqa: E741
+    def normal(*shape, scale=1.0):
+        return frozen((rng.standard_normal(shape) * scale).astype(rnn.dtype))
+
+    def states():
+        count = len(reference_of(cell)[0].STATES)
+        return tuple(normal(rnn.num_layers, B, H) for _ in range(count))
+
+    for key, value in rnn.params.items():
+        if key.startswith("weight_hh"):
+            # No larger: rounding errors must not grow from step to step.
+            value[...] = rng.uniform(-1, 1, value.shape) / np.sqrt(H)
+        else:
+            value[...] = normal(*value.shape, scale=0.5)
+    x = frozen(rng.integers(I, size=(T, B))) if tokens else normal(T, B, I)
+    return Problem(cell, rnn, x, states(), normal(T, B, H), states())
+
+
+def layer_params(rnn, layer, dtype=np.float64):
+    """The parameters of one layer under the reference's keys."""
+    end = f"_l{layer}"
+    found = {k.removesuffix(end): v for k, v in rnn.params.items() if k.endswith(end)}
+    return {key: value.astype(dtype) for key, value in found.items()}
+
+
+def _away_from_kink(problem):
+    reference, options = reference_of(problem.cell)
+    x = wide(problem.x)
+    for layer in range(problem.rnn.num_layers):
+        params = layer_params(problem.rnn, layer)
+        first = problem.state[0][layer].astype(np.float64)
+        output, _, _ = reference.forward(params, x, (first,), **options)
+        h = np.concatenate([first[None], output[:-1]])
+        a = params["weight_ih"].T[x] if x.dtype.kind == "i" else x @ params["weight_ih"].T
+        a = a + h @ params["weight_hh"].T + params.get("bias_ih", 0) + params.get("bias_hh", 0)
+        if np.abs(a).min() < KINK or not ((output[0] > 0).any() and (output[-1] > 0).any()):
+            return False
+        x = output
+    return True
+
+
+def wide(array):
+    """Floats as float64."""
+    return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+
+def expected(problem, *, d_output=True, d_state=True):
+    """Every array of forward and backward by the reference, layer after layer, in float64."""
+    reference, options = reference_of(problem.cell)
+    x, saved = wide(problem.x), []
+    finals = []
+    for layer in range(problem.rnn.num_layers):
+        state = tuple(wide(s[layer]) for s in problem.state)
+        x, final, kept = reference.forward(layer_params(problem.rnn, layer), x, state, **options)
+        finals.append(final)
+        saved.append(kept)
+    results = {"output": x}
+    for i, name in enumerate(problem.names):
+        results[f"final {name}"] = np.stack([final[i] for final in finals])
+    d_y = wide(problem.d_output) * d_output
+    initial, grads = [], {}
+    for layer in reversed(range(problem.rnn.num_layers)):
+        d_last = tuple(wide(s[layer]) * d_state for s in problem.d_state)
+        params = layer_params(problem.rnn, layer)
+        d_y, d_first, found = reference.backward(params, saved[layer], d_y, d_last)
+        initial.insert(0, d_first)
+        grads |= {f"{key}_l{layer}": value for key, value in found.items()}
+    for i, name in enumerate(problem.names):
+        results[f"d initial {name}"] = np.stack([first[i] for first in initial])
+    if d_y is not None:
+        results["d x"] = d_y
+    return results | grads
+
+
+def computed(problem, *, d_output=True, d_state=True, grads=None, **options):
+    """The same arrays by the layer."""
+    rnn = problem.rnn
+    output, final, saved = rnn.forward(problem.x, as_state(problem.state))
+    results = {"output": output.copy()}
+    for name, value in zip(problem.names, as_parts(final), strict=True):
+        results[f"final {name}"] = value
+    d_x, d_first, grads = rnn.backward(
+        saved,
+        problem.d_output if d_output else None,
+        as_state(problem.d_state) if d_state else None,
+        grads,
+        **options,
+    )
+    for name, value in zip(problem.names, as_parts(d_first), strict=True):
+        results[f"d initial {name}"] = value
+    if d_x is not None:
+        results["d x"] = d_x
+    return results | grads
+
+
+def compare(problem, got, want):
+    """Assert that every array of `computed` is that of `expected`, and that none tests nothing."""
+    assert got.keys() == want.keys()
+    for keys in ([k for k in want if k in problem.rnn.params], [k for k in want if " " in k]):
+        # One number alone may have cancelled out; its neighbours tell how large it could be.
+        scale = rms(*(want[k] for k in keys))
+        assert scale > 0, f"{keys} vanish: this tests nothing"
+        for key in keys:
+            agree(got[key], want[key], problem.dtype, problem.terms, key, scale)
+    agree(got["output"], want["output"], problem.dtype, problem.terms, "output")
+
+
+def check(problem, **options):
+    """Assert that layer and reference agree in every array."""
+    compare(problem, computed(problem, **options), expected(problem, **options))
