@@ -1,7 +1,7 @@
 """Recurrent networks trained and run on CPUs at the speed of hand-written C.
 
-Layers: RNN, GRU, LSTM, Linear, Embedding. Modules: models, train, generate, score, text, loss, optim,
-clip, checkpoint; reference is the same in NumPy, a line per equation.
+Layers: RNN, GRU, LSTM, Linear, Embedding. Modules: models, train, generate, score, text, loss,
+optim, clip, checkpoint; reference is the same in NumPy, a line per equation.
 """
 
 from fastrnn import checkpoint, clip, generate, loss, models, optim, score, text, train

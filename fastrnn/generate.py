@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.cells.cell import forward, load_carry, load_gates, store_runs
+from fastrnn.cells.cell import gates, load_carry, load_gates, output, store_runs
 from fastrnn.checks import as_array, as_number, as_size, as_token, as_tokens
 from fastrnn.dropout import random_bits
 from fastrnn.gemm import multiply, scratch
@@ -128,13 +128,15 @@ def _generate(
                 at = here + r * size
                 carried = (layer * batch + first + r) * carry.shape[2]
                 for u in range(0, size, w):
-                    h_new, carry_new, _ = forward(
+                    h_old = load_n(h, at + u, size - u)
+                    kept, carry_new = gates(
                         cell,
                         load_gates(cell, pre, r * n + u, run),
                         load_gates(cell, a, r * n + u, run),
-                        load_n(h, at + u, size - u),
+                        h_old,
                         load_carry(cell, carry, carried + u, run),
                     )
+                    h_new, _ = output(cell, kept, h_old, carry_new)
                     store_n(h, at + u, h_new, size - u)
                     store_runs(carry, carried + u, run, carry_new)
         top = ((layers - 1) * batch + first) * size

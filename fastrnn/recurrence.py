@@ -18,10 +18,11 @@ from numba.extending import overload
 
 from fastrnn.cells.cell import (
     backward,
-    forward,
+    gates,
     load_carry,
     load_gates,
     load_tape,
+    output,
     store_runs,
 )
 from fastrnn.gemm import accumulate, multiply, scatter, scratch
@@ -94,20 +95,28 @@ def forward_slice(part, parts, cell, chunk, keep, x, w_x, b_x, w_h, b_h, h, carr
                 b = first + r
                 here = (t * batch + b) * size
                 there = here + batch * size
-                gates = ((slot + t - start) * batch + b) * row
+                kept = ((slot + t - start) * batch + b) * row
                 before = (t * keep * batch + b) * carry_row
                 after = ((t + 1) * keep * batch + b) * carry_row
                 for u in range(0, size, w):
-                    h_new, carry_new, kept = forward(
+                    tape_new, carry_new = gates(
                         cell,
-                        load_gates(cell, tape, gates + u, run),
+                        load_gates(cell, tape, kept + u, run),
                         load_gates(cell, a, r * n + u, run),
                         load_n(h, here + u, size - u),
                         load_carry(cell, carry, before + u, run),
                     )
-                    store_n(h, there + u, h_new, size - u)
+                    store_runs(tape, kept + u, run, tape_new)
                     store_runs(carry, after + u, run, carry_new)
-                    store_runs(tape, gates + u, run, kept)
+                for u in range(0, size, w):
+                    h_new, tape_new = output(
+                        cell,
+                        load_tape(cell, tape, kept + u, run),
+                        load_n(h, here + u, size - u),
+                        load_carry(cell, carry, after + u, run),
+                    )
+                    store_runs(tape, kept + u, run, tape_new)
+                    store_n(h, there + u, h_new, size - u)
     restore_denormals(mode)
 
 
@@ -135,14 +144,14 @@ def backward_slice(part, parts, cell, tail, d_output, w_h, h, carry, tape, d_h, 
         for b in range(first, first + rows):
             here = (t * batch + b) * size
             there = here + batch * size
-            gates = (t * batch + b) * row
+            kept = (t * batch + b) * row
             before = (t * batch + b) * carry_row
             after = before + batch * carry_row
             for u in range(0, size, w):
                 gradient = load_n(d_output, t * d_step + b * d_row + u, size - u)
                 d_gates, d_h_prev, d_carry_prev = backward(
                     cell,
-                    load_tape(cell, tape, gates + u, run),
+                    load_tape(cell, tape, kept + u, run),
                     load_n(h, here + u, size - u),
                     load_n(h, there + u, size - u),
                     load_carry(cell, carry, before + u, run),
@@ -150,12 +159,12 @@ def backward_slice(part, parts, cell, tail, d_output, w_h, h, carry, tape, d_h, 
                     load(d_h, b * run + u) + gradient,
                     load_carry(cell, d_carry, b * carry_row + u, run),
                 )
-                store_runs(tape, gates + u, run, d_gates)
+                store_runs(tape, kept + u, run, d_gates)
                 store(d_h, b * run + u, d_h_prev)
                 store_runs(d_carry, b * carry_row + u, run, d_carry_prev)
-        gates = (t * batch + first) * row + tail * run
+        d_a = (t * batch + first) * row + tail * run
         at = first * run
-        multiply(1, rows, size, depth, tape, gates, row, 0, w_h, d_h, at, run, d_h, at, run, 0)
+        multiply(1, rows, size, depth, tape, d_a, row, 0, w_h, d_h, at, run, d_h, at, run, 0)
     restore_denormals(mode)
 
 

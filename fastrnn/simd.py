@@ -217,6 +217,17 @@ _arithmetic(operator.mul, "fmul")
 _arithmetic(operator.truediv, "fdiv")
 
 
+@infer_global(operator.neg)
+class _Negation(AbstractTemplate):
+    def generic(self, args: Any, kws: Any) -> Any:
+        return signature(args[0], args[0]) if isinstance(args[0], Vec) else None
+
+
+@lower_builtin(operator.neg, Vec)
+def _negate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    return builder.fneg(args[0])
+
+
 def _vec_of(*args: Any) -> Vec:
     return next(a for a in args if isinstance(a, Vec))
 

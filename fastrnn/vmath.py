@@ -96,7 +96,7 @@ def _sigmoid_overload(x):
 
     def impl(x):
         inside = select_greater(x, highest, highest, select_greater(lowest, x, lowest, x))
-        power, q = _parts(0.0 - inside)
+        power, q = _parts(-inside)
         return 1.0 / (1.0 + fma(power, q, power))
 
     return impl

@@ -182,7 +182,7 @@ def _draw(cell, rng, rnn, T, B, I, H, tokens):  # noqa: E741
             # No larger: rounding errors must not grow from step to step.
             value[...] = rng.uniform(-1, 1, value.shape) / np.sqrt(H)
         else:
-            value[...] = normal(*value.shape, scale=0.5)
+            value[...] = normal(*value.shape, scale=0.8 / np.sqrt(value[0].size))
     x = frozen(rng.integers(I, size=(T, B))) if tokens else normal(T, B, I)
     return Problem(cell, rnn, x, states(), normal(T, B, H), states())
 

@@ -3,7 +3,8 @@
 r = sigmoid(x_r + a_r)    z = sigmoid(x_z + a_z)    n = tanh(x_n + r a_n)
 h' = (1 - z) n + z h
 
-The tape is n, r, z, a_n: its first three runs are the gates of x, its last three those of a.
+The tape is n, r, z, a_n (between the halves of forward x_n, r, z, a_n): its first three runs are
+the gates of x, its last three those of a.
 """
 
 from fastrnn.cells.cell import Cell
@@ -13,13 +14,19 @@ from fastrnn.vmath import sigmoid, tanh
 
 
 @helper
-def forward(x, a, h, carry):
+def gates(x, a, h, carry):
     x_n, x_r, x_z = x
     a_r, a_z, a_n = a
     r = sigmoid(x_r + a_r)
     z = sigmoid(x_z + a_z)
+    return (x_n, r, z, a_n), carry
+
+
+@helper
+def output(tape, h, carry):
+    x_n, r, z, a_n = tape
     n = tanh(fma(r, a_n, x_n))
-    return fma(z, h - n, n), carry, (n, r, z, a_n)
+    return fma(z, h - n, n), (n, r, z, a_n)
 
 
 @helper
@@ -39,6 +46,7 @@ GRU = Cell(
     carries=0,
     order_x=(2, 0, 1),
     order_h=(0, 1, 2),
-    forward=forward,
+    gates_of=gates,
+    output=output,
     backward=backward,
 )

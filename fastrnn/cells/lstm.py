@@ -11,13 +11,17 @@ from fastrnn.vmath import sigmoid, tanh
 
 
 @helper
-def forward(x, a, h, carry):
+def gates(x, a, h, carry):
     i = sigmoid(x[0] + a[0])
     f = sigmoid(x[1] + a[1])
     g = tanh(x[2] + a[2])
     o = sigmoid(x[3] + a[3])
-    c = fma(f, carry[0], i * g)
-    return o * tanh(c), (c,), (i, f, g, o)
+    return (i, f, g, o), (fma(f, carry[0], i * g),)
+
+
+@helper
+def output(tape, h, carry):
+    return tape[3] * tanh(carry[0]), tape
 
 
 @helper
@@ -40,6 +44,7 @@ LSTM = Cell(
     carries=1,
     order_x=(0, 1, 2, 3),
     order_h=(0, 1, 2, 3),
-    forward=forward,
+    gates_of=gates,
+    output=output,
     backward=backward,
 )

@@ -7,9 +7,13 @@ from fastrnn.vmath import tanh
 
 
 @helper
-def forward_tanh(x, a, h, carry):
-    h = tanh(x[0] + a[0])
-    return h, carry, (h,)
+def gates(x, a, h, carry):
+    return (x[0] + a[0],), carry
+
+
+@helper
+def output_tanh(tape, h, carry):
+    return tanh(tape[0]), tape
 
 
 @helper
@@ -18,10 +22,8 @@ def backward_tanh(tape, h_prev, h, carry_prev, carry, d_h, d_carry):
 
 
 @helper
-def forward_relu(x, a, h, carry):
-    s = x[0] + a[0]
-    h = select_greater(0.0, s, 0.0, s)
-    return h, carry, (h,)
+def output_relu(tape, h, carry):
+    return select_greater(0.0, tape[0], 0.0, tape[0]), tape
 
 
 @helper
@@ -29,7 +31,7 @@ def backward_relu(tape, h_prev, h, carry_prev, carry, d_h, d_carry):
     return (select_greater(h, 0.0, d_h, 0.0),), zero(d_h), d_carry
 
 
-def _rnn(name, forward, backward):
+def _rnn(name, output, backward):
     return Cell(
         name=name,
         gates=1,
@@ -38,10 +40,11 @@ def _rnn(name, forward, backward):
         carries=0,
         order_x=(0,),
         order_h=(0,),
-        forward=forward,
+        gates_of=gates,
+        output=output,
         backward=backward,
     )
 
 
-RNN_TANH = _rnn("rnn_tanh", forward_tanh, backward_tanh)
-RNN_RELU = _rnn("rnn_relu", forward_relu, backward_relu)
+RNN_TANH = _rnn("rnn_tanh", output_tanh, backward_tanh)
+RNN_RELU = _rnn("rnn_relu", output_relu, backward_relu)
