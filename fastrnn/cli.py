@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -36,8 +37,15 @@ _DEFAULT_MINUTES = 0.75
 _WORDS = 30_000
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for an error, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastrnn", description="Train and run recurrent language models on a CPU."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -110,7 +118,7 @@ class _Progress(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         self._began, self._before = time.perf_counter(), trainer.tokens
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=trainer.total, initial=trainer.step, unit="step", leave=False)
@@ -245,14 +253,17 @@ def _resumed_run(options: argparse.Namespace) -> tuple[Any, ...]:
             f"--resume: expected only --steps, --epochs or --minutes beside it, got {fixed[0]}; "
             "a resumed run keeps its settings"
         )
-    model, tensors, description = load_model(options.resume)
+    model, vocabulary, tensors, description = _load(options.resume)
     try:
-        vocabulary = Vocabulary.from_config(description["vocabulary"])
         run, corpus = description["run"], description["corpus"]
         settings = settings_from(run["settings"])
         path, digest = corpus["path"], corpus["sha256"]
+        if not isinstance(path, str | None):
+            raise TypeError(f"corpus path {path!r:.100}")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{options.resume}: expected a training run, got {error!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{options.resume}: {error}") from None
     if _given(options, *_LIMITS):
         limits = {name: getattr(options, name) for name in _LIMITS}
         settings = Settings(**(vars(settings) | limits))
@@ -268,13 +279,17 @@ def _resumed_run(options: argparse.Namespace) -> tuple[Any, ...]:
 
 def _check_out(path: str) -> None:
     """Refuse early what could not be saved after the training, and other people's files."""
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise ValueError(f"--out: expected a directory to save in, got {str(target.parent)!r}")
     if target.is_dir():
         raise ValueError(f"--out: expected a file, got the directory {path!r}")
-    if not os.access(target if target.exists() else target.parent, os.W_OK):
-        raise ValueError(f"--out: no permission to write {path!r}")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"--out: expected a file, got the device, pipe or socket {path!r}")
+    # A save replaces the file, for which the directory is written to.
+    for needed in (target, target.parent):
+        if needed.exists() and not os.access(needed, os.W_OK):
+            raise ValueError(f"--out: expected permission to write {str(needed)!r}, got none")
     if target.exists() and target.stat().st_size:
         try:
             _, description = checkpoint.load(path)
@@ -285,13 +300,15 @@ def _check_out(path: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    out = options.out or options.resume or _DEFAULT_OUT
-    _check_out(out)
+    out = _DEFAULT_OUT if options.resume is None else options.resume
+    out = out if options.out is None else options.out
     restore: tuple[Any, ...] = ()
     if options.resume is not None:
         model, vocabulary, tokens, settings, *restore_list = _resumed_run(options)
         restore = tuple(restore_list)
+        _check_out(out)
     else:
+        _check_out(out)
         model, vocabulary, tokens, settings = _new_run(options)
     source = {
         "path": None if options.corpus is None else os.path.abspath(options.corpus),
@@ -322,9 +339,10 @@ def _train(options: argparse.Namespace) -> int:
                 f"{count:,} parameters; {parallel.get_num_threads()} threads; first step compiles",
                 file=sys.stderr,
             )
-        before, began = trainer.tokens, trainer.seconds
+        before, began = trainer.step, trainer.seconds
         trainer.fit()
-    seconds = trainer.seconds - began
+    # The first step compiles and is not timed.
+    timed, seconds = trainer.step - before - 1, trainer.seconds - began
     if not options.quiet and not asked:
         model.load_state_dict(trainer.best_params)
         prompt = [_boundary(vocabulary)]
@@ -338,7 +356,11 @@ def _train(options: argparse.Namespace) -> int:
             "steps": trainer.step,
             "tokens": trainer.tokens,
             "seconds": trainer.seconds,
-            "tokens_per_second": (trainer.tokens - before) / seconds if seconds > 0 else 0.0,
+            "tokens_per_second": (
+                timed * settings.batch * settings.tbptt_steps / seconds
+                if timed > 0 and seconds > 0
+                else 0.0
+            ),
             "train_loss": trainer.train_loss,
             "val_loss": trainer.val_loss,
         }
@@ -346,18 +368,21 @@ def _train(options: argparse.Namespace) -> int:
     return 130 if asked else 0
 
 
-def _load(path: str) -> tuple[LanguageModel, Vocabulary]:
-    model, _, description = load_model(path)
-    vocabulary = Vocabulary.from_config(description.get("vocabulary", {}))
+def _load(path: str) -> tuple[LanguageModel, Vocabulary, dict[str, np.ndarray], dict[str, Any]]:
+    model, tensors, description = load_model(path)
+    try:
+        vocabulary = Vocabulary.from_config(description.get("vocabulary", {}))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if len(vocabulary) != model.vocab_size:
         raise ValueError(
             f"{path}: expected a vocabulary of {model.vocab_size} tokens, got {len(vocabulary)}"
         )
-    return model, vocabulary
+    return model, vocabulary, tensors, description
 
 
 def _sample(options: argparse.Namespace) -> int:
-    model, vocabulary = _load(options.model)
+    model, vocabulary, _, _ = _load(options.model)
     prompt = _encode(vocabulary, options.prompt)
     if not len(prompt):
         prompt = np.array([_boundary(vocabulary)])
@@ -378,7 +403,7 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    model, vocabulary = _load(options.model)
+    model, vocabulary, _, _ = _load(options.model)
     if options.file is not None:
         text = read_corpus(options.file, vocabulary.level)
     else:
@@ -441,20 +466,36 @@ def _info(options: argparse.Namespace) -> int:
 _COMMANDS = {"train": _train, "sample": _sample, "score": _score, "info": _info}
 
 
+# Arguments of the library whose options have another name.
+_FLAGS = {
+    "hidden_size": "--hidden",
+    "num_layers": "--layers",
+    "embedding_size": "--embedding",
+    "tbptt_steps": "--seq-len",
+    "n": "--threads",
+}
+
+
 def _fail(message: str) -> NoReturn:
-    one_line = " ".join(str(message).split())
+    name, colon, rest = " ".join(str(message).split()).partition(":")
+    one_line = f"{_FLAGS.get(name, name)}{colon}{rest}"
     print(f"fastrnn: error: {one_line}", file=sys.stderr)
     sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that a terminal lacks must not lose the rest.
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         if getattr(options, "threads", None) is not None:
             parallel.set_num_threads(options.threads)
         code = _COMMANDS[options.command](options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader left; Python would complain once more when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -469,7 +510,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         _fail(f"{where}{error.strerror or error}")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         _fail(str(error))
     sys.exit(code)
 

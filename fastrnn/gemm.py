@@ -13,12 +13,11 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
-from fastrnn.jit import external, helper, intrinsic, kernel
+from fastrnn.jit import helper, intrinsic, kernel, linked
 from fastrnn.simd import (
     Vec,
-    address,
+    at,
     first_lanes,
     load_n,
     machine,
@@ -143,69 +142,15 @@ def _tile(typingctx, rows, cols, last, depth, a, a_row, a_k, p, init, init_row, 
     return types.void(i, i, i, i, a, i, i, p, init, i, c, i), codegen
 
 
-def _tile_function(rows, cols, last, depth, a, a_row, a_k, p, init, init_row, c, c_row):
-    _tile(rows, cols, last, depth, a, a_row, a_k, p, init, init_row, c, c_row)
-
-
 def _tile_signature(dtype):
-    i, pointer = types.intp, types.CPointer(dtype)
-    return types.void(i, i, i, i, pointer, i, i, pointer, pointer, i, pointer, i)
+    i, p = types.intp, types.CPointer(dtype)
+    return types.void(i, i, i, i, p, i, i, p, p, i, p, i)
 
 
-# Compiled once for each dtype and linked by name: most of the machine code of every kernel is here.
-_TILE = {
-    dtype: external(f"fastrnn_tile_{dtype}", _tile_function, _tile_signature(dtype), dtype)
-    for dtype in (types.float32, types.float64)
-}
-
-
-@intrinsic
-def tile(
-    typingctx,
-    rows,
-    cols,
-    last,
-    depth,
-    a,
-    a_at,
-    a_row,
-    a_k,
-    p,
-    p_at,
-    init,
-    init_at,
-    init_row,
-    c,
-    c_at,
-    c_row,
-):
-    """`_tile` on arrays, each with the offset of its first element."""
-    i = types.intp
-
-    def codegen(context, builder, sig, args):
-        def pointer(n):
-            return address(context, builder, sig.args[n], args[n], args[n + 1])
-
-        numbers = [
-            args[0],
-            args[1],
-            args[2],
-            args[3],
-            pointer(4),
-            args[6],
-            args[7],
-            pointer(8),
-            pointer(10),
-            args[12],
-            pointer(13),
-            args[15],
-        ]
-        kind = ir.FunctionType(ir.VoidType(), [x.type for x in numbers])
-        name = _TILE[c.dtype]
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), numbers)
-        return context.get_dummy_value()
-
-    return types.void(i, i, i, i, a, i, i, i, p, i, init, i, i, c, i, i), codegen
+@linked(_tile_signature)
+def tile(rows, cols, last, depth, a, a_row, a_k, p, init, init_row, c, c_row):
+    """`_tile` as a function: it holds most of the machine code of every kernel."""
+    _tile(rows, cols, last, depth, a, a_row, a_k, p, init, init_row, c, c_row)
 
 
 @helper
@@ -217,14 +162,37 @@ def scratch(like, count):
 
 
 @helper
-def multiply(
-    groups, m, n, k, a, a_at, a_row, a_group, p, init, init_at, init_row, c, c_at, c_row, c_group
-):
+def panel_scratch(like, m):
+    """Memory for the panels of `accumulate`."""
+    w = width_of(like)
+    return scratch(like, DEPTH * ((m + w - 1) // w) * w)
+
+
+@helper
+def strip_scratch(like):
+    """Memory for the strip of `accumulate`."""
+    return scratch(like, DEPTH * 3 * width_of(like))
+
+
+@helper
+def _next_row(row, b, batch):
+    """The row that comes after in time reversed: the next sequence, or the step before."""
+    if b + 1 < batch:
+        return row + 1, b + 1
+    return row + 1 - 2 * batch, 0
+
+
+def _multiply_signature(dtype):
+    i, p = types.intp, types.CPointer(dtype)
+    return types.void(i, i, i, i, p, i, i, p, p, i, p, i, i)
+
+
+@linked(_multiply_signature)
+def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_group):
     """C[m, n] = init[m, n] + A[m, k] @ P, for `groups` such blocks of A and C.
 
-    Rows of A, init and C lie `_row` elements apart, groups `_group` apart; the first is at `_at`.
-    A distance of 0 repeats one row of init. P holds panels of depth k for n columns. C may be init
-    where there is one group.
+    Rows of A, init and C lie `_row` elements apart, groups `_group` apart. A distance of 0 repeats
+    one row of init. P holds panels of depth k for n columns. C may be init if there is one group.
     """
     w = width_of(c)
     for top in range(0, m, HEIGHT):
@@ -236,79 +204,54 @@ def multiply(
             last = width - (cols - 1) * w
             for deep in range(0, k, DEPTH):
                 depth = min(DEPTH, k - deep)
-                panel = left * k + deep * cols * w
+                panel = at(p, left * k + deep * cols * w)
                 for group in range(groups):
                     for q in range(tiles):
                         row = top + height * q // tiles
                         rows = top + height * (q + 1) // tiles - row
-                        at = c_at + group * c_group + row * c_row + left
-                        first = a_at + group * a_group + row * a_row + deep
+                        into = at(c, group * c_group + row * c_row + left)
+                        first = at(a, group * a_group + row * a_row + deep)
+                        start, start_row = into, c_row
                         if deep == 0:
-                            start = init_at + row * init_row + left
-                            tile(
-                                rows,
-                                cols,
-                                last,
-                                depth,
-                                a,
-                                first,
-                                a_row,
-                                1,
-                                p,
-                                panel,
-                                init,
-                                start,
-                                init_row,
-                                c,
-                                at,
-                                c_row,
-                            )
-                        else:
-                            tile(
-                                rows,
-                                cols,
-                                last,
-                                depth,
-                                a,
-                                first,
-                                a_row,
-                                1,
-                                p,
-                                panel,
-                                c,
-                                at,
-                                c_row,
-                                c,
-                                at,
-                                c_row,
-                            )
+                            start, start_row = at(init, row * init_row + left), init_row
+                        tile(
+                            rows, cols, last, depth, first, a_row, 1,
+                            panel, start, start_row, into, c_row,
+                        )  # fmt: skip
 
 
-@helper
-def accumulate(steps, batch, d, d_at, d_row, run, size, order, first, end, x, x_row, m, out, sums):
+def _accumulate_signature(dtype):
+    i, p = types.intp, types.CPointer(dtype)
+    return types.void(i, i, p, i, i, i, types.CPointer(i), i, i, p, i, i, p, p, p, p)
+
+
+@linked(_accumulate_signature)
+def accumulate(
+    steps, batch, d, d_row, run, size, order, first, end, x, x_row, m, out, sums, panel, strip
+):
     """out[order[g]*size + u, :] += sum of d[row, g*run + u] * x[row, :m]; sums likewise of d alone.
 
     Rows are (step, sequence) pairs, taken in the order in which backpropagation meets them: last
     step first, sequences in order. Only the register blocks [first, end) of the runs are done.
+    panel and strip are memory to work in: DEPTH rows of m, and of 3 registers.
     """
     w = width_of(out)
     wide = COLS * w
     blocks = (size + w - 1) // w
     total = steps * batch
-    panel = scratch(out, DEPTH * ((m + w - 1) // w) * w)
-    strip = scratch(out, DEPTH * 3 * w)
-    rows = np.empty(DEPTH, np.intp)
+    # The row of d and x where a block of rows begins, and its place in its step.
+    row_0, b_0 = (steps - 1) * batch, 0
     for start in range(0, total, DEPTH):
         depth = min(DEPTH, total - start)
+        row, b = row_0, b_0
         for j in range(depth):
-            k = start + j
-            rows[j] = (steps - 1 - k // batch) * batch + k % batch
-        for left in range(0, m, wide):
-            cols = (min(wide, m - left) + w - 1) // w
-            for j in range(depth):
+            for left in range(0, m, wide):
+                cols = (min(wide, m - left) + w - 1) // w
                 for col in range(left, left + cols * w, w):
-                    value = load_n(x, rows[j] * x_row + col, m - col)
+                    value = load_n(x, row * x_row + col, m - col)
                     store(panel, left * depth + j * cols * w + col - left, value)
+            row, b = _next_row(row, b, batch)
+        next_row, next_b = row, b
         block = first
         while block < end:
             g = block // blocks
@@ -317,10 +260,12 @@ def accumulate(steps, batch, d, d_at, d_row, run, size, order, first, end, x, x_
             take = min(3, end - block, blocks - block % blocks)
             for i in range(0, take * w, w):
                 total_d = load_n(sums, into + i, size - u - i)
+                row, b = row_0, b_0
                 for j in range(depth):
-                    value = load_n(d, d_at + rows[j] * d_row + g * run + u + i, size - u - i)
+                    value = load_n(d, row * d_row + g * run + u + i, size - u - i)
                     total_d = total_d + value
                     store(strip, j * take * w + i, value)
+                    row, b = _next_row(row, b, batch)
                 store_n(sums, into + i, total_d, size - u - i)
             height = min(take * w, size - u)
             tiles = (height + ROWS - 1) // ROWS
@@ -329,28 +274,15 @@ def accumulate(steps, batch, d, d_at, d_row, run, size, order, first, end, x, x_
                 cols = (width + w - 1) // w
                 last = width - (cols - 1) * w
                 for q in range(tiles):
-                    row = height * q // tiles
-                    count = height * (q + 1) // tiles - row
-                    at = (into + row) * m + left
+                    top = height * q // tiles
+                    rows = height * (q + 1) // tiles - top
+                    c = at(out, (into + top) * m + left)
                     tile(
-                        count,
-                        cols,
-                        last,
-                        depth,
-                        strip,
-                        row,
-                        1,
-                        take * w,
-                        panel,
-                        left * depth,
-                        out,
-                        at,
-                        m,
-                        out,
-                        at,
-                        m,
-                    )
+                        rows, cols, last, depth, at(strip, top), 1, take * w,
+                        at(panel, left * depth), c, m, c, m,
+                    )  # fmt: skip
             block += take
+        row_0, b_0 = next_row, next_b
 
 
 @helper
@@ -378,7 +310,8 @@ def affine(part, parts, x, p, bias, y):
     n = y.shape[1]
     first = count * part // parts
     rows = count * (part + 1) // parts - first
-    multiply(1, rows, n, size, x, first * size, size, 0, p, bias, 0, 0, y, first * n, n, 0)
+    c = at(y, first * n)
+    multiply(1, rows, n, size, at(x, first * size), size, 0, at(p, 0), at(bias, 0), 0, c, n, 0)
 
 
 @kernel
@@ -389,16 +322,19 @@ def affine_gradients(part, parts, x, d_y, p, zeros, d_x, d_weight, d_bias):
     """
     steps, batch, n = d_y.shape
     size = x.shape[2]
-    blocks = (n + width_of(x) - 1) // width_of(x)
+    w = width_of(x)
+    blocks = (n + w - 1) // w
     first, end = blocks * part // parts, blocks * (part + 1) // parts
     order = np.zeros(1, np.intp)
     accumulate(
-        steps, batch, d_y, 0, n, n, n, order, first, end, x, size, size, d_weight, d_bias
+        steps, batch, at(d_y, 0), n, n, n, at(order, 0), first, end, at(x, 0), size, size,
+        at(d_weight, 0), at(d_bias, 0), at(panel_scratch(x, size), 0), at(strip_scratch(x), 0),
     )  # fmt: skip
     count = d_x.shape[0]
     top = count * part // parts
     rows = count * (part + 1) // parts - top
-    multiply(1, rows, size, n, d_y, top * n, n, 0, p, zeros, 0, 0, d_x, top * size, size, 0)
+    c = at(d_x, top * size)
+    multiply(1, rows, size, n, at(d_y, top * n), n, 0, at(p, 0), at(zeros, 0), 0, c, size, 0)
 
 
 @kernel

@@ -16,7 +16,16 @@ from fastrnn.jit import helper, kernel
 from fastrnn.models import LanguageModel
 from fastrnn.pack import pack_bias, pack_transposed
 from fastrnn.parallel import parts_for, run
-from fastrnn.simd import flush_denormals, load, load_n, restore_denormals, store, store_n, width_of
+from fastrnn.simd import (
+    at,
+    flush_denormals,
+    load,
+    load_n,
+    restore_denormals,
+    store,
+    store_n,
+    width_of,
+)
 
 
 @helper
@@ -111,24 +120,24 @@ def _generate(
                     for j in range(width):
                         x[r * width + j] = embedding[tokens[first + r], j]
                 multiply(
-                    1, rows, n, width, x, 0, width, 0, w_x[at_x[0] :],
-                    b_x, 0, 0, pre, 0, n, 0,
+                    1, rows, n, width, at(x, 0), width, 0,
+                    at(w_x, at_x[0]), at(b_x, 0), 0, at(pre, 0), n, 0,
                 )  # fmt: skip
             else:
                 below = here - batch * size
                 multiply(
-                    1, rows, n, size, h, below, size, 0, w_x[at_x[layer] :],
-                    b_x, layer * n, 0, pre, 0, n, 0,
+                    1, rows, n, size, at(h, below), size, 0,
+                    at(w_x, at_x[layer]), at(b_x, layer * n), 0, at(pre, 0), n, 0,
                 )  # fmt: skip
             multiply(
-                1, rows, n, size, h, here, size, 0, w_h[at_h[layer] :],
-                b_h, layer * n, 0, a, 0, n, 0,
+                1, rows, n, size, at(h, here), size, 0,
+                at(w_h, at_h[layer]), at(b_h, layer * n), 0, at(a, 0), n, 0,
             )  # fmt: skip
             for r in range(rows):
-                at = here + r * size
+                unit = here + r * size
                 carried = (layer * batch + first + r) * carry.shape[2]
                 for u in range(0, size, w):
-                    h_old = load_n(h, at + u, size - u)
+                    h_old = load_n(h, unit + u, size - u)
                     kept, carry_new = gates(
                         cell,
                         load_gates(cell, pre, r * n + u, run),
@@ -137,24 +146,24 @@ def _generate(
                         load_carry(cell, carry, carried + u, run),
                     )
                     h_new, _ = output(cell, kept, h_old, carry_new)
-                    store_n(h, at + u, h_new, size - u)
+                    store_n(h, unit + u, h_new, size - u)
                     store_runs(carry, carried + u, run, carry_new)
         top = ((layers - 1) * batch + first) * size
         multiply(
-            1, rows, vocabulary, size, h, top, size, 0, w_head, b_head, 0, 0,
-            logits, 0, vocabulary, 0,
+            1, rows, vocabulary, size, at(h, top), size, 0,
+            at(w_head, 0), at(b_head, 0), 0, at(logits, 0), vocabulary, 0,
         )  # fmt: skip
         for r in range(rows):
             b = first + r
-            at = r * vocabulary
+            row = r * vocabulary
             if greedy:
-                token = _argmax(logits, at, vocabulary)
-                if not math.isfinite(logits[at + token]):
+                token = _argmax(logits, row, vocabulary)
+                if not math.isfinite(logits[row + token]):
                     token = -1
             else:
                 bits = random_bits(seed, b, step) >> np.uint64(11)
                 u01 = np.float64(bits) * 2.0**-53
-                token = _draw(logits, at, vocabulary, temperature, top_k, top_p, u01, weights)
+                token = _draw(logits, row, vocabulary, temperature, top_k, top_p, u01, weights)
             if counts[b] == step:
                 if token < 0:
                     counts[b] = -1
@@ -196,7 +205,7 @@ def generate(
     length = as_size("length", length)
     temperature = as_number("temperature", temperature, 0, math.inf, open_low=True)
     vocabulary = model.vocab_size
-    k = vocabulary if top_k is None else as_size("top_k", top_k)
+    k = vocabulary if top_k is None else min(vocabulary, as_size("top_k", top_k))
     p = 1.0 if top_p is None else as_number("top_p", top_p, 0, math.inf, open_low=True)
     if p > 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")

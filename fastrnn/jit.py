@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import os
 import pickle
 import threading
@@ -21,8 +22,9 @@ from typing import Any
 import llvmlite
 import llvmlite.binding
 import numba.extending
+from llvmlite import ir
 from numba import types
-from numba.core import config, sigutils
+from numba.core import cgutils, config, sigutils
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
@@ -30,7 +32,12 @@ from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
 # No fast-math: sums keep their order and NaN survives. No bounds checks: offsets are computed.
-OPTIONS: dict[str, Any] = {"nopython": True, "nogil": True, "boundscheck": False}
+OPTIONS: dict[str, Any] = {
+    "error_model": "numpy",
+    "nopython": True,
+    "nogil": True,
+    "boundscheck": False,
+}
 
 
 def helper(function: Callable) -> Any:
@@ -45,32 +52,56 @@ def intrinsic(function: Callable) -> Any:
 
 def kernel(function: Callable) -> Any:
     """Compile `function` as an entry point from Python: without the GIL, cached on disk."""
-    dispatcher = _Kernel(py_func=function, targetoptions=dict(OPTIONS))
-    dispatcher._cache = _cache(function)
-    return dispatcher
+    return _Kernel(py_func=function, targetoptions=dict(OPTIONS))
 
 
-def external(symbol: str, function: Callable, signature: Any, dtype: Any) -> str:
-    """Compile `function` once and let kernels call it by `symbol`; returns the symbol.
+def linked(signature: Callable[[Any], Any]) -> Callable[[Callable], Any]:
+    """Compile a function on pointers once for each dtype; kernels call it by its symbol.
 
-    It is compiled or loaded before the first kernel with an array of `dtype` is.
+    signature   from a float type to the Numba signature; the first pointer of a call tells which
+    Such a function must not fail: nobody would hear of it. It may call those declared before it.
     """
-    _externals.append((symbol, function, signature, dtype))
-    return symbol
+
+    def declare(function: Callable) -> Any:
+        name = f"fastrnn_{function.__name__.strip('_')}"
+        _declared.append((name, function, signature))
+
+        def call(typingctx, *args):
+            dtype = next(a.dtype for a in args if isinstance(a, types.CPointer))
+
+            def codegen(context, builder, sig, args):
+                kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
+                symbol = cgutils.get_or_insert_function(builder.module, kind, f"{name}_{dtype}")
+                builder.call(symbol, args)
+                return context.get_dummy_value()
+
+            return signature(dtype), codegen
+
+        # Numba binds the arguments of an intrinsic by its declared parameters.
+        own = inspect.signature(function)
+        context = inspect.Parameter("typingctx", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        vars(call)["__signature__"] = own.replace(parameters=[context, *own.parameters.values()])
+        return intrinsic(call)
+
+    return declare
 
 
-_externals: list[tuple[str, Callable, Any, Any]] = []
+_declared: list[tuple[str, Callable, Callable[[Any], Any]]] = []
 _linked: dict[str, Any] = {}
 
 
 def _link(dtypes: set) -> None:
-    for symbol, function, signature, dtype in _externals:
-        if dtype in dtypes and symbol not in _linked:
-            callback: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
-            callback._cache = _cache(function)
-            callback.compile()
-            llvmlite.binding.add_symbol(symbol, callback.address)
-            _linked[symbol] = callback
+    """Have the linked functions of these dtypes ready before a kernel that may call them."""
+    for name, function, signature in _declared:
+        for dtype in dtypes & {types.float32, types.float64}:
+            symbol = f"{name}_{dtype}"
+            if symbol not in _linked:
+                sig = signature(dtype)
+                callback: Any = CFunc(function, (sig.args, sig.return_type), {}, dict(OPTIONS))
+                callback._cache = _cache(function)
+                callback.compile()
+                llvmlite.binding.add_symbol(symbol, callback.address)
+                _linked[symbol] = callback
 
 
 @contextlib.contextmanager
@@ -97,9 +128,15 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Kernel(CPUDispatcher):
+    _looked_for_cache = False
+
     def compile(self, sig: Any) -> Any:
         arguments, _ = sigutils.normalize_signature(sig)
         with _compiling():
+            # Not at import: Numba tries the directory out with a file.
+            if not self._looked_for_cache:
+                self._looked_for_cache = True
+                self._cache = _cache(self.py_func)
             _link({a.dtype for a in arguments if isinstance(a, types.Array)})
             return super().compile(sig)
 

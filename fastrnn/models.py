@@ -173,6 +173,26 @@ class LanguageModel(Module):
         return (ids if self.embedding is None else self.embedding(ids)), ids
 
 
+def _shapes(
+    vocab_size: int, hidden_size: int, cell: str, num_layers: int, embedding_size: int, **rest: Any
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the `params` of a model that need not exist."""
+    gates = {"lstm": 4, "gru": 3, "rnn": 1}
+    rows = gates[as_choice("cell", cell, CELL_NAMES)] * hidden_size
+    if not 1 <= num_layers < SEEDS:
+        raise ValueError(f"num_layers: expected 1 to {SEEDS - 1}, got {num_layers}")
+    shapes = {"head.weight": (vocab_size, hidden_size), "head.bias": (vocab_size,)}
+    if embedding_size:
+        shapes["embedding.weight"] = (vocab_size, embedding_size)
+    width = embedding_size or vocab_size
+    for layer in range(num_layers):
+        shapes[f"rnn.weight_ih_l{layer}"] = (rows, width)
+        shapes[f"rnn.weight_hh_l{layer}"] = (rows, hidden_size)
+        shapes[f"rnn.bias_ih_l{layer}"] = shapes[f"rnn.bias_hh_l{layer}"] = (rows,)
+        width = hidden_size
+    return shapes
+
+
 def model_from_config(
     config: Mapping[str, Any], weights: Mapping[str, np.ndarray]
 ) -> LanguageModel:
@@ -184,22 +204,14 @@ def model_from_config(
         if type(config[key]) is not type(example):
             kind = type(example).__name__
             raise ValueError(f"model: expected {key} of type {kind}, got {config[key]!r:.100}")
-    vocab, hidden, layers = (config[k] for k in ("vocab_size", "hidden_size", "num_layers"))
+    dtype = as_choice("dtype", config["dtype"], ("float32", "float64"))
     # Sizes that the arrays do not bear out must not be allocated.
-    shapes = {
-        "head.weight": (vocab, hidden),
-        "rnn.weight_ih_l0": (None, config["embedding_size"] or vocab),
-        f"rnn.weight_hh_l{layers - 1}": (None, hidden),
-    }
-    for key, shape in shapes.items():
-        found = weights[key].shape if key in weights else None
-        if (
-            found is None
-            or len(found) != 2
-            or found[1] != shape[1]
-            or shape[0] not in (None, found[0])
-        ):
-            raise ValueError(f"model: expected {key} of shape {shape}, got {found}")
+    shapes = _shapes(**config)
+    for key in sorted(shapes.keys() | weights.keys()):
+        found = (str(weights[key].dtype), weights[key].shape) if key in weights else None
+        wanted_array = (dtype, shapes[key]) if key in shapes else None
+        if found != wanted_array:
+            raise ValueError(f"model: expected {key:.100} to be {wanted_array}, got {found}")
     arguments = dict(config)
     model = LanguageModel(arguments.pop("vocab_size"), arguments.pop("hidden_size"), **arguments)
     model.load_state_dict(weights)

@@ -25,9 +25,10 @@ from fastrnn.cells.cell import (
     output,
     store_runs,
 )
-from fastrnn.gemm import accumulate, multiply, scatter, scratch
+from fastrnn.gemm import accumulate, multiply, panel_scratch, scatter, scratch, strip_scratch
 from fastrnn.jit import kernel
 from fastrnn.simd import (
+    at,
     flush_denormals,
     load,
     load_n,
@@ -38,32 +39,31 @@ from fastrnn.simd import (
 )
 
 
-def _project(x, t, steps, first, rows, w_x, b_x, tape, at, n):
-    """tape[at ...] = W_x x + b_x for `steps` steps from t and `rows` sequences from `first`."""
+def _project(x, t, steps, first, rows, w_x, b_x, tape, into, n):
+    """tape[into ...] = W_x x + b_x for `steps` steps from t and `rows` sequences from `first`."""
 
 
 @overload(_project)
-def _project_overload(x, t, steps, first, rows, w_x, b_x, tape, at, n):
-    def dense(x, t, steps, first, rows, w_x, b_x, tape, at, n):
+def _project_overload(x, t, steps, first, rows, w_x, b_x, tape, into, n):
+    def dense(x, t, steps, first, rows, w_x, b_x, tape, into, n):
         batch, size = x.shape[1:]
         row = tape.shape[2]
         start = (t * batch + first) * size
         if rows == batch:
-            multiply(1, steps * rows, n, size, x, start, size, 0, w_x, b_x, 0, 0, tape, at, row, 0)
-        else:
-            multiply(
-                steps, rows, n, size, x, start, size, batch * size,
-                w_x, b_x, 0, 0, tape, at, row, batch * row,
-            )  # fmt: skip
+            steps, rows = 1, steps * rows
+        multiply(
+            steps, rows, n, size, at(x, start), size, batch * size,
+            at(w_x, 0), at(b_x, 0), 0, at(tape, into), row, batch * row,
+        )  # fmt: skip
 
-    def tokens(x, t, steps, first, rows, w_x, b_x, tape, at, n):
+    def tokens(x, t, steps, first, rows, w_x, b_x, tape, into, n):
         batch = x.shape[1]
         row = tape.shape[2]
         w = width_of(tape)
         for s in range(steps):
             for r in range(rows):
                 source = x[t + s, first + r] * n
-                target = at + (s * batch + r) * row
+                target = into + (s * batch + r) * row
                 for j in range(0, n, w):
                     store(tape, target + j, load(w_x, source + j) + load(b_x, j))
 
@@ -89,8 +89,10 @@ def forward_slice(part, parts, cell, chunk, keep, x, w_x, b_x, w_h, b_h, h, carr
         slot = start * keep
         _project(x, start, length, first, rows, w_x, b_x, tape, (slot * batch + first) * row, n)
         for t in range(start, start + length):
-            at = (t * batch + first) * size
-            multiply(1, rows, n, size, h, at, size, 0, w_h, b_h, 0, 0, a, 0, n, 0)
+            h_old = at(h, (t * batch + first) * size)
+            multiply(
+                1, rows, n, size, h_old, size, 0, at(w_h, 0), at(b_h, 0), 0, at(a, 0), n, 0
+            )  # fmt: skip
             for r in range(rows):
                 b = first + r
                 here = (t * batch + b) * size
@@ -162,9 +164,9 @@ def backward_slice(part, parts, cell, tail, d_output, w_h, h, carry, tape, d_h, 
                 store_runs(tape, kept + u, run, d_gates)
                 store(d_h, b * run + u, d_h_prev)
                 store_runs(d_carry, b * carry_row + u, run, d_carry_prev)
-        d_a = (t * batch + first) * row + tail * run
-        at = first * run
-        multiply(1, rows, size, depth, tape, d_a, row, 0, w_h, d_h, at, run, d_h, at, run, 0)
+        d_a = at(tape, (t * batch + first) * row + tail * run)
+        c = at(d_h, first * run)
+        multiply(1, rows, size, depth, d_a, row, 0, at(w_h, 0), c, run, c, run, 0)
     restore_denormals(mode)
 
 
@@ -185,8 +187,9 @@ def _input_gradient_overload(part, parts, x, tape, n, w_x, zeros, d_x):
         first = rows * part // parts
         m = rows * (part + 1) // parts - first
         multiply(
-            1, m, size, n, tape, first * row, row, 0, w_x, zeros, 0, 0, d_x, first * size, size, 0
-        )
+            1, m, size, n, at(tape, first * row), row, 0,
+            at(w_x, 0), at(zeros, 0), 0, at(d_x, first * size), size, 0,
+        )  # fmt: skip
 
     def tokens(part, parts, x, tape, n, w_x, zeros, d_x):
         pass
@@ -201,8 +204,9 @@ def _weight_gradient_overload(part, parts, x, tape, run, size, order, d_w, d_b):
         blocks = run // width_of(tape) * order.size
         first, end = blocks * part // parts, blocks * (part + 1) // parts
         accumulate(
-            steps, batch, tape, 0, tape.shape[2], run, size, order, first, end,
-            x, inputs, inputs, d_w, d_b,
+            steps, batch, at(tape, 0), tape.shape[2], run, size, at(order, 0), first, end,
+            at(x, 0), inputs, inputs, at(d_w, 0), at(d_b, 0),
+            at(panel_scratch(x, inputs), 0), at(strip_scratch(x), 0),
         )  # fmt: skip
 
     def tokens(part, parts, x, tape, run, size, order, d_w, d_b):
@@ -232,8 +236,9 @@ def gradients(
     blocks = run // w * order_h.size
     first, end = blocks * part // parts, blocks * (part + 1) // parts
     accumulate(
-        steps, batch, tape, tail * run, tape.shape[2], run, size, order_h, first, end,
-        h, size, size, d_w_h, d_b_h,
+        steps, batch, at(tape, tail * run), tape.shape[2], run, size, at(order_h, 0), first, end,
+        at(h, 0), size, size, at(d_w_h, 0), at(d_b_h, 0),
+        at(panel_scratch(h, size), 0), at(strip_scratch(h), 0),
     )  # fmt: skip
     _input_gradient(part, parts, x, tape, order_x.size * run, w_x, zeros, d_x)
     restore_denormals(mode)

@@ -38,6 +38,10 @@ def score(model: LanguageModel, sequences: Sequence[Any], start: int) -> list[np
         for column, i in enumerate(batch):
             tokens[1 : len(ids[i]) + 1, column] = ids[i]
         losses, _ = model.token_losses(tokens[:-1], tokens[1:])
+        if not np.isfinite(losses).all():
+            raise ValueError(
+                "model: expected finite logits, got NaN or infinity; its weights are bad"
+            )
         for column, i in enumerate(batch):
             results[i] = -losses[: len(ids[i]), column]
     return results

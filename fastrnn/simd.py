@@ -1,8 +1,8 @@
 """The machine: `Vec`, one SIMD register of floats as a Numba type, and how many the CPU has.
 
-Everything above works in `Vec`s of `lanes(dtype)` numbers. Loads and stores take an array and an
-offset in elements and are never bounds-checked; the `_n` forms touch the first `n` lanes only
-(the other lanes read as zero and are not written).
+Everything above works in `Vec`s of `lanes(dtype)` numbers. Loads and stores take an array (or a
+pointer, see `at`) and an offset in elements and are never bounds-checked; the `_n` forms touch the
+first `n` lanes only (the other lanes read as zero and are not written).
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ class _VecModel(models.PrimitiveModel):
 
 
 def address(context: Any, builder: ir.IRBuilder, array: Any, value: Any, offset: Any) -> Any:
-    """Pointer to element `offset` of an array."""
+    """Pointer to element `offset` of an array, or past a pointer."""
+    if isinstance(array, types.CPointer):
+        return builder.gep(value, [offset])
     return builder.gep(context.make_array(array)(context, builder, value).data, [offset])
 
 
@@ -243,6 +245,16 @@ def fma(typingctx, a, b, c):
         return multiply_add(builder, vec, *values)
 
     return sig, codegen
+
+
+@intrinsic
+def at(typingctx, array, offset):
+    """Pointer to element `offset` of an array, or past a pointer."""
+
+    def codegen(context, builder, sig, args):
+        return address(context, builder, sig.args[0], *args)
+
+    return types.CPointer(array.dtype)(array, types.intp), codegen
 
 
 @intrinsic

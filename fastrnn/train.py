@@ -59,20 +59,24 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        as_size("batch", self.batch)
-        as_size("tbptt_steps", self.tbptt_steps)
-        as_number("lr", self.lr, 0, math.inf, open_low=True)
-        as_number("clip_norm", self.clip_norm, 0, math.inf)
-        as_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
-        as_choice("schedule", self.schedule, tuple(SCHEDULES))
-        as_number("val_fraction", self.val_fraction, 0, 1)
-        as_size("val_every", self.val_every, 0)
-        as_size("seed", self.seed, 0)
+        def check(name: str, kind: Callable, *limits: Any, **options: Any) -> None:
+            # Numbers of NumPy become Python's, which a checkpoint can hold.
+            object.__setattr__(self, name, kind(name, getattr(self, name), *limits, **options))
+
+        check("batch", as_size)
+        check("tbptt_steps", as_size)
+        check("lr", as_number, 0, math.inf, open_low=True)
+        check("clip_norm", as_number, 0, math.inf)
+        check("optimizer", as_choice, tuple(OPTIMIZERS))
+        check("schedule", as_choice, tuple(SCHEDULES))
+        check("val_fraction", as_number, 0, 1)
+        check("val_every", as_size, 0)
+        check("seed", as_size, 0)
         if self.steps is not None:
-            as_size("steps", self.steps)
+            check("steps", as_size)
         for name in ("epochs", "minutes"):
             if getattr(self, name) is not None:
-                as_number(name, getattr(self, name), 0, math.inf, open_low=True)
+                check(name, as_number, 0, math.inf, open_low=True)
         if self.steps is None and self.epochs is None and self.minutes is None:
             raise ValueError("settings: expected steps, epochs or minutes, got none of them")
         if self.schedule == "cosine" and self.steps is None and self.epochs is None:
@@ -190,6 +194,8 @@ class Trainer:
         before = self.seconds
         compiling = 0.0
         try:
+            if self._finished():
+                self._write()
             while not self._finished():
                 self._train_step()
                 if not compiling:
@@ -197,13 +203,17 @@ class Trainer:
                     began += compiling
                 self.seconds = before + time.perf_counter() - began
                 self._tell("on_step")
-                if self._stop():
-                    # No validation: a resumed run must see what an unbroken one would.
-                    self._write()
-                    return
-                if self._finished() or self.step % every == 0:
-                    self._look()
+                stopping = self._stop()
+                due = self.step % every == 0
+                # A run that is stopped looks where an unbroken one does, and nowhere else.
+                if due or self._finished():
+                    self._look(due)
                     self.seconds = before + time.perf_counter() - began
+                elif stopping:
+                    self._check_weights()
+                    self._write()
+                if stopping:
+                    return
         finally:
             self._tell("on_end")
 
@@ -227,10 +237,9 @@ class Trainer:
         limit = settings.clip_norm or math.inf
         norm = clip_grad_norm_(grads, min(limit, 1e300))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(
-                f"step {self.step + 1}: expected a finite loss and gradient, got loss "
-                f"{loss:.3g} and gradient norm {norm:.3g}; try a smaller lr (now {settings.lr:g}) "
-                f"or clip_norm (now {settings.clip_norm:g})"
+            raise self._diverged(
+                self.step + 1,
+                f"a finite loss and gradient, got loss {loss:.3g} and gradient norm {norm:.3g}",
             )
         self.optimizer.lr = self.schedule.rate(settings.lr, self.step, self.total)
         self.optimizer.step(grads)
@@ -238,14 +247,35 @@ class Trainer:
         self.step += 1
         self._losses.append(loss)
 
-    def _look(self) -> None:
-        """Validate, keep the best weights, save."""
+    def _diverged(self, step: int, what: str) -> Diverged:
+        lr, limit = self.settings.lr, self.settings.clip_norm
+        advice = f"try a smaller lr (now {lr:g}) or clip_norm (now {limit:g})"
+        return Diverged(f"step {step}: expected {what}; {advice}")
+
+    def _check_weights(self) -> None:
+        """Raise before weights that are no numbers take the place of good ones in a file."""
+        for key, value in self.model.params.items():
+            if not np.isfinite(value).all():
+                raise self._diverged(self.step, f"finite weights, got NaN or infinity in {key}")
+
+    def _look(self, due: bool) -> None:
+        """Validate, keep the best weights, save.
+
+        Only a look that is `due` shapes the steps after it: the one at the end of a run may lie
+        where a longer run has none.
+        """
+        self._check_weights()
         if self._losses:
             self.train_loss = float(np.mean(self._losses))
-            self._losses = []
         if len(self._held_back):
-            self.val_loss = self.validate()
-            self.schedule.observe(self.val_loss)
+            val_loss = self.validate()
+            if not math.isfinite(val_loss):
+                raise self._diverged(self.step, f"a finite validation loss, got {val_loss:.3g}")
+            self.val_loss = val_loss
+        if due:
+            self._losses = []
+            if len(self._held_back):
+                self.schedule.observe(self.val_loss)
         if not len(self._held_back) or not self.val_loss >= self.best_val_loss:
             self.best_val_loss = self.val_loss
             self.best_params = self.model.state_dict()
@@ -275,7 +305,9 @@ class Trainer:
     def checkpoint(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Arrays and a description: all that `restore` needs, the best weights under "model."."""
         state = self.state if isinstance(self.state, tuple) else (self.state,)
-        tensors = {f"model.{key}": value for key, value in self.best_params.items()}
+        # Before the first validation the best that there is are the latest.
+        best = self.model.params if math.isnan(self.best_val_loss) else self.best_params
+        tensors = {f"model.{key}": value for key, value in best.items()}
         tensors |= {f"params.{key}": value for key, value in self.model.params.items()}
         tensors |= {f"optimizer.{key}": value for key, value in self.optimizer.state.items()}
         tensors |= {f"state.{i}": np.ascontiguousarray(value) for i, value in enumerate(state)}
@@ -309,7 +341,7 @@ class Trainer:
                 setattr(self, name, float(description[name]))
             for key, value in vars(self.schedule).items():
                 setattr(self.schedule, key, type(value)(description["schedule"][key]))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"checkpoint: expected a training run, got {error!r}") from None
 
 
@@ -322,7 +354,10 @@ def settings_from(description: Any) -> Settings:
     names = {field.name for field in fields(Settings)}
     if not isinstance(description, Mapping) or set(description) != names:
         raise ValueError(f"checkpoint settings: expected the keys {sorted(names)}")
-    return Settings(**description)
+    try:
+        return Settings(**description)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"checkpoint settings: {error}") from None
 
 
 def save_model(path: Any, model: LanguageModel, extra: Mapping[str, Any] | None = None) -> None:

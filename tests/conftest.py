@@ -27,6 +27,14 @@ settings.load_profile("fastrnn")
 _COMPILED = {"fastrnn.gemm", "fastrnn.generate"}
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave the long sweeps out unless `-m` says what to run."""
+    if not config.getoption("markexpr"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+
+
 @pytest.fixture
 def rng(request):
     """Random numbers that depend on nothing but the name of the test."""

@@ -58,12 +58,14 @@ def rms(*arrays):
 
 
 def same(got, want, name=""):
-    """Assert that the bits are the same."""
-    assert got.dtype == want.dtype, name
-    assert got.shape == want.shape, name
-    if not np.array_equal(got, want, equal_nan=got.dtype.kind == "f"):
-        wrong = np.argwhere(~((got == want) | ((got != got) & (want != want))))
-        raise AssertionError(f"{name}: {len(wrong)} of {got.size} elements, first {wrong[:3]}")
+    """Assert that the bits are the same; one NaN is as good as another."""
+    assert got.dtype == want.dtype, f"{name}: {got.dtype}, expected {want.dtype}"
+    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
+    equal = got == want
+    if got.dtype.kind == "f":
+        equal = equal & (np.signbit(got) == np.signbit(want)) | (np.isnan(got) & np.isnan(want))
+    wrong = np.argwhere(~equal)
+    assert not len(wrong), f"{name}: {len(wrong)} of {got.size} elements differ, first {wrong[:3]}"
 
 
 def same_results(got, want):
@@ -157,19 +159,19 @@ class Problem:
 
 
 def make_problem(
-    cell, T, B, I, H, *, layers=1, bias=True, tokens=False, dtype=np.float64, seed=0, **options
-):  # noqa: E741
+    cell, T, B, n_in, H, *, layers=1, bias=True, tokens=False, dtype=np.float64, seed=0, **options
+):
     """A random problem; relu comes alive and away from its kink."""
-    rng = np.random.default_rng([seed, T, B, I, H, layers])
-    rnn = new_layer(cell, I, H, layers, bias=bias, dtype=dtype, seed=0, **options)
+    rng = np.random.default_rng([seed, T, B, n_in, H, layers])
+    rnn = new_layer(cell, n_in, H, layers, bias=bias, dtype=dtype, seed=0, **options)
     for _ in range(500):
-        problem = _draw(cell, rng, rnn, T, B, I, H, tokens)
+        problem = _draw(cell, rng, rnn, T, B, n_in, H, tokens)
         if "relu" not in cell or _away_from_kink(problem):
             return problem
     raise AssertionError("no draw away from the kink")
 
 
-def _draw(cell, rng, rnn, T, B, I, H, tokens):  # noqa: E741
+def _draw(cell, rng, rnn, T, B, n_in, H, tokens):
     def normal(*shape, scale=1.0):
         return frozen((rng.standard_normal(shape) * scale).astype(rnn.dtype))
 
@@ -183,7 +185,7 @@ def _draw(cell, rng, rnn, T, B, I, H, tokens):  # noqa: E741
             value[...] = rng.uniform(-1, 1, value.shape) / np.sqrt(H)
         else:
             value[...] = normal(*value.shape, scale=0.8 / np.sqrt(value[0].size))
-    x = frozen(rng.integers(I, size=(T, B))) if tokens else normal(T, B, I)
+    x = frozen(rng.integers(n_in, size=(T, B))) if tokens else normal(T, B, n_in)
     return Problem(cell, rnn, x, states(), normal(T, B, H), states())
 
 

@@ -29,7 +29,7 @@ from fastrnn.simd import lanes
 each_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 each_input = pytest.mark.parametrize("tokens", [False, True], ids=["dense", "tokens"])
 
-W = lanes(np.float32)
+W, HALF = lanes(np.float32), lanes(np.float64)
 
 
 def around(*edges):
@@ -38,7 +38,9 @@ def around(*edges):
 
 
 # H and I meet registers, strips of three, panels and blocks of depth; B meets tiles of rows.
-WIDTHS = around(1, W // 2, W, 3 * W, gemm.COLS * W, gemm.DEPTH)
+WIDTHS = around(
+    1, HALF, W, 3 * HALF, 3 * W, gemm.COLS * HALF, gemm.COLS * W, gemm.DEPTH
+)  # fmt: skip
 BATCHES = around(1, gemm.ROWS, 2 * gemm.ROWS, gemm.HEIGHT)
 SHAPES = [  # T, B, I, H
     (1, 1, 1, 1),
@@ -81,7 +83,7 @@ cases = st.fixed_dictionaries(
         "cell": st.sampled_from(sorted(CELLS)),
         "T": sizes,
         "B": sizes,
-        "I": sizes,
+        "n_in": sizes,
         "H": sizes,
         "layers": st.integers(1, 3),
         "bias": st.booleans(),
