@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastrnn import gemm
 from fastrnn.jit import kernel
 from fastrnn.pack import pack, pack_bias, pack_transposed
-from fastrnn.simd import broadcast, fma, lanes, store
+from fastrnn.simd import at, broadcast, fma, lanes, store
 
 CANARY = -123.25
 
@@ -21,18 +21,19 @@ def _multiply(
     groups, m, n, k, a, a_at, a_row, a_group, p, init, init_at, init_row, c, c_at, c_row, c_group
 ):
     gemm.multiply(
-        groups, m, n, k, a, a_at, a_row, a_group, p, init, init_at, init_row,
-        c, c_at, c_row, c_group,
+        groups, m, n, k, at(a, a_at), a_row, a_group, at(p, 0), at(init, init_at), init_row,
+        at(c, c_at), c_row, c_group,
     )  # fmt: skip
 
 
 @kernel
 def _accumulate(
-    steps, batch, d, d_at, d_row, run, size, order, first, end, x, x_row, m, out, sums
-):  # fmt: skip
+    steps, batch, d, d_at, d_row, run, size, order, first, end, x, x_row, m, out, sums, panel, strip
+):
     gemm.accumulate(
-        steps, batch, d, d_at, d_row, run, size, order, first, end, x, x_row, m, out, sums
-    )
+        steps, batch, at(d, d_at), d_row, run, size, at(order, 0), first, end,
+        at(x, 0), x_row, m, at(out, 0), at(sums, 0), at(panel, 0), at(strip, 0),
+    )  # fmt: skip
 
 
 @kernel
@@ -92,7 +93,7 @@ def multiply(a, b, start, rng, groups=1, gap=0, parts=1):
     dtype = a.dtype
     m, k = a.shape[1:]
     n = b.shape[1]
-    memory, at, row, view = strided(rng, dtype, groups * m, k, gap)
+    memory, start_of_a, row, view = strided(rng, dtype, groups * m, k, gap)
     view[...] = a.reshape(groups * m, k)
     first = np.full(7 + start.size + gap * m, np.nan, dtype)
     init_row = 0 if start.ndim == 1 else n + gap
@@ -105,7 +106,7 @@ def multiply(a, b, start, rng, groups=1, gap=0, parts=1):
         top = m * part // parts
         rows = m * (part + 1) // parts - top
         _multiply(
-            groups, rows, n, k, memory, at + top * row, row, m * row, p,
+            groups, rows, n, k, memory, start_of_a + top * row, row, m * row, p,
             first, 7 + top * init_row, init_row, c, 9 + top * c_row, c_row, c_group,
         )  # fmt: skip
     found = np.empty((groups, m, n), dtype)
@@ -270,14 +271,18 @@ def check_accumulate(dtype, T, B, size, m, rng, order=(0,), gap=0, parts=1):
     sums = np.full(gates * size + 2 * w, CANARY, dtype)
     out[w:-w], sums[w:-w] = start.reshape(-1), start_sums
     blocks = gates * run // w
+    panel = np.full(gemm.DEPTH * -(-m // w) * w + w, np.nan, dtype)
+    strip = np.full(gemm.DEPTH * 3 * w + w, np.nan, dtype)
+    panel[-w:] = strip[-w:] = CANARY
     for part in range(parts):
         _accumulate(
             T, B, memory, d_at, d_row, run, size, np.array(order),
             blocks * part // parts, blocks * (part + 1) // parts,
-            x_memory, x_row, m, out[w:-w], sums[w:-w],
+            x_memory, x_row, m, out[w:-w], sums[w:-w], panel, strip,
         )  # fmt: skip
     for array in (out, sums):
         assert (array[:w] == CANARY).all()
+    for array in (out, sums, panel, strip):
         assert (array[-w:] == CANARY).all()
     rows = backward_order(x)
     want, want_sums = start.copy(), start_sums.copy()

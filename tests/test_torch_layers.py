@@ -149,7 +149,7 @@ def test_tensors_are_arrays(dtype):
     problem = make_problem("gru", 3, 2, 4, 5, dtype=dtype)
     output, _ = problem.rnn(torch.tensor(problem.x))
     same(output, problem.rnn(problem.x)[0])
-    with pytest.raises(TypeError, match=r"x: expected an array, got Tensor \(Can't call numpy"):
+    with pytest.raises(TypeError, match="x: expected an array, got Tensor"):
         problem.rnn(leaf(problem.x))
 
 
