@@ -2,11 +2,19 @@
 
 Layers: RNN, GRU, LSTM, Linear, Embedding. Modules: models, train, generate, score, text, loss,
 optim, clip, checkpoint; reference is the same in NumPy, a line per equation.
+
+Names are looked up when they are first used: importing Numba takes most of a short program's time.
 """
 
-from fastrnn import checkpoint, clip, generate, loss, models, optim, score, text, train
-from fastrnn.layers import GRU, LSTM, RNN, Embedding, Linear
-from fastrnn.parallel import get_num_threads, set_num_threads
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastrnn import checkpoint, clip, generate, loss, models, optim, score, text, train
+    from fastrnn.layers import GRU, LSTM, RNN, Embedding, Linear
+    from fastrnn.parallel import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,3 +35,19 @@ __all__ = [
     "text",
     "train",
 ]
+
+_PLACES = dict.fromkeys(("GRU", "LSTM", "RNN", "Embedding", "Linear"), "layers")
+_PLACES |= dict.fromkeys(("get_num_threads", "set_num_threads"), "parallel")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'fastrnn' has no attribute {name!r}")
+    module = importlib.import_module(f"fastrnn.{_PLACES.get(name, name)}")
+    value = getattr(module, name) if name in _PLACES else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,8 @@ def as_dtype(dtype: Any, name: str = "dtype") -> np.dtype:
         found = np.dtype(dtype)
     except TypeError:
         found = None
-    if found not in (np.dtype(np.float32), np.dtype(np.float64)):
+    # NumPy takes None for float64, in np.dtype and in comparisons.
+    if dtype is None or found is None or found not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise ValueError(f"{name}: expected float32 or float64, got {dtype!r}")
     return found
 

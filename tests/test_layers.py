@@ -134,6 +134,7 @@ def bad_layers():
     yield gru, (n_in, H), {"dropout": "x"}, TypeError, ("dropout", "a number", "'x'")
     yield gru, (n_in, H), {"dtype": np.float16}, ValueError, ("dtype", "float32 or float64", "16")
     yield gru, (n_in, H), {"dtype": "wrong"}, ValueError, ("dtype", "float32 or float64", "wrong")
+    yield gru, (n_in, H), {"dtype": None}, ValueError, ("dtype", "float32 or float64", "None")
     yield gru, (n_in, H), {"dtype": ">f4"}, ValueError, ("dtype", "float32 or float64", ">f4")
     yield gru, (n_in, H), {"bidirectional": True}, ValueError, ("bidirectional", "False", "True")
     yield fastrnn.RNN, (n_in, H, 1, "sine"), {}, ValueError, ("nonlinearity", "tanh, relu", "sine")
@@ -380,8 +381,10 @@ def test_nan_goes_through_and_stays_in_its_sequence(cell, dtype, bad):
     if np.isnan(bad):
         assert np.isnan(got["output"][2:, 3]).all()
         assert np.isnan(got["final h"][:, 3]).all()
-        assert np.isnan(got["d x"][2, 3]).all()
-        assert all(np.isnan(got[key]).any() for key in problem.rnn.params)
+        # relu has no slope where it is NaN, in the reference too.
+        if "relu" not in cell:
+            assert np.isnan(got["d x"][2, 3]).all()
+            assert all(np.isnan(got[key]).any() for key in problem.rnn.params)
 
 
 @each_cell
@@ -942,7 +945,7 @@ def test_clip_grad_norm(dtype, norm_type, rng):
         if limit > want:
             same_results(grads, start)
         else:
-            assert grad_norm(grads, norm_type) <= limit
+            assert grad_norm(grads, norm_type) <= limit * (1 + np.finfo(dtype).eps)
             # The small number is PyTorch's, against a division by zero.
             factor = limit / (want + 1e-6)
             for key, g in grads.items():

@@ -881,6 +881,33 @@ assert numba.config.DISABLE_JIT == int(os.environ.get("NUMBA_DISABLE_JIT", 0))
     assert run(body, NUMBA_DISABLE_JIT="1", NUMBA_CACHE_DIR="cache") == run(body)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's allocator")
+def test_freed_memory_is_not_used(run, plain):
+    body = """
+from fastrnn.generate import generate
+from fastrnn.models import LanguageModel
+
+def others():
+    linear = fastrnn.Linear(40, 70, seed=1)
+    x = np.random.default_rng(0).standard_normal((30, 40)).astype(np.float32)
+    y, saved = linear.forward(x)
+    d_x, grads = linear.backward(saved, y)
+    model = LanguageModel(60, 50, cell="gru", embedding_size=30, num_layers=2, seed=1)
+    tokens = np.random.default_rng(1).integers(60, size=(9, 5))
+    embedding = fastrnn.Embedding(60, 20, seed=1)
+    vectors, used = embedding.forward(tokens)
+    arrays = [y, d_x, *grads.values(), *embedding.backward(used, vectors).values()]
+    arrays += generate(model, tokens[:, 0], 12, seed=1, num_sequences=5)
+    return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
+
+report(train("GRU"), train("LSTM"), train("GRU", "float64"), others())
+"""
+    usual = run(body)
+    assert usual[:3] == list(plain.values())
+    # Freed memory is filled with other bytes, and goes back to the system where it is large.
+    assert run(body, MALLOC_PERTURB_="165", MALLOC_MMAP_THRESHOLD_="4096") == usual
+
+
 @pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="glibc on x86-64 only"
 )
