@@ -177,7 +177,8 @@ def _signals() -> Iterator[dict[str, int]]:
 
 def _encode(vocabulary: Vocabulary, text: str | bytes) -> np.ndarray:
     if vocabulary.level == "byte" and isinstance(text, str):
-        text = text.encode()
+        # Arguments hold bytes that are no UTF-8 as lone surrogates.
+        text = text.encode(errors="surrogateescape")
     return vocabulary.encode(text)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.cells.cell import gates, load_carry, load_gates, output, store_runs
+from fastrnn.cells.cell import gates, load_carry, load_tape, output, store_runs
 from fastrnn.checks import as_array, as_number, as_size, as_token, as_tokens
 from fastrnn.dropout import random_bits
 from fastrnn.gemm import multiply, scratch
@@ -79,13 +79,13 @@ def _draw(logits, at, size, temperature, top_k, top_p, u, weights):
 
 @kernel
 def _generate(
-    part, parts, cell, embedding, inputs, w_x, at_x, b_x, w_h, at_h, b_h, w_head, b_head,
+    part, parts, cell, tail, embedding, inputs, w_x, at_x, w_h, at_h, biases, w_head, b_head,
     h, carry, tokens, greedy, temperature, top_k, top_p, seed, eos, out, counts,
 ):  # fmt: skip
     """Continue the sequences of one slice of the batch.
 
     inputs   (layers,) width of each layer's input, 0 for tokens
-    w_x, w_h all layers' packed weights, layer l from at_x[l], at_h[l]; b_x, b_h (layers, G*Hp)
+    w_x, w_h all layers' packed weights, layer l from at_x[l], at_h[l]; biases (layers, R*Hp)
     h        (layers, B, H), carry (layers, B, carries*Hp), tokens (B,): where they are; updated
     out      (steps, B), counts (B,): what is drawn, and how many tokens until `eos`
     """
@@ -95,12 +95,12 @@ def _generate(
     vocabulary = b_head.size
     w = width_of(h)
     run = (size + w - 1) // w * w
-    n = b_x.shape[1]
+    n = w_h.size // layers // size
+    columns = biases.shape[1]
     first = batch * part // parts
     rows = batch * (part + 1) // parts - first
     x = scratch(h, rows * max(1, embedding.shape[1]))
-    pre = scratch(h, rows * n)
-    a = scratch(h, rows * n)
+    s = scratch(h, rows * columns)
     logits = scratch(h, rows * vocabulary)
     weights = np.empty(vocabulary)
     open_rows = rows
@@ -109,29 +109,31 @@ def _generate(
             break
         for layer in range(layers):
             here = (layer * batch + first) * size
+            bias = at(biases, layer * columns)
+            for r in range(rows):
+                for j in range(n, columns, w):
+                    store(s, r * columns + j, load(bias, j))
             if inputs[layer] == 0:
                 for r in range(rows):
                     source = at_x[layer] + tokens[first + r] * n
                     for j in range(0, n, w):
-                        store(pre, r * n + j, load(w_x, source + j) + load(b_x, layer * n + j))
-            elif layer == 0:
-                width = inputs[0]
-                for r in range(rows):
-                    for j in range(width):
-                        x[r * width + j] = embedding[tokens[first + r], j]
-                multiply(
-                    1, rows, n, width, at(x, 0), width, 0,
-                    at(w_x, at_x[0]), at(b_x, 0), 0, at(pre, 0), n, 0,
-                )  # fmt: skip
+                        store(s, r * columns + j, load(w_x, source + j) + load(bias, j))
             else:
-                below = here - batch * size
+                width = inputs[layer]
+                below = at(h, here - batch * size)
+                if layer == 0:
+                    below = at(x, 0)
+                    for r in range(rows):
+                        for j in range(width):
+                            x[r * width + j] = embedding[tokens[first + r], j]
                 multiply(
-                    1, rows, n, size, at(h, below), size, 0,
-                    at(w_x, at_x[layer]), at(b_x, layer * n), 0, at(pre, 0), n, 0,
+                    1, rows, n, width, below, width, 0,
+                    at(w_x, at_x[layer]), bias, 0, at(s, 0), columns, 0,
                 )  # fmt: skip
+            into = at(s, tail * run)
             multiply(
                 1, rows, n, size, at(h, here), size, 0,
-                at(w_h, at_h[layer]), at(b_h, layer * n), 0, at(a, 0), n, 0,
+                at(w_h, at_h[layer]), into, columns, into, columns, 0,
             )  # fmt: skip
             for r in range(rows):
                 unit = here + r * size
@@ -140,8 +142,7 @@ def _generate(
                     h_old = load_n(h, unit + u, size - u)
                     kept, carry_new = gates(
                         cell,
-                        load_gates(cell, pre, r * n + u, run),
-                        load_gates(cell, a, r * n + u, run),
+                        load_tape(cell, s, r * columns + u, run),
                         h_old,
                         load_carry(cell, carry, carried + u, run),
                     )
@@ -239,11 +240,13 @@ def generate(
     ]
     w_h = [pack_transposed(w, cell.order_h) for w in params[2]]
     hidden = model.hidden_size
-    b_x = [pack_bias(b, cell.order_x, hidden, dtype) for b in params[1]]
-    b_h = [pack_bias(b, cell.order_h, hidden, dtype) for b in params[3]]
+    biases = [
+        pack_bias(cell, hidden, dtype, b_x, b_h)
+        for b_x, b_h in zip(params[1], params[3], strict=True)
+    ]
     inputs = [model.embedding_size] + [hidden] * (model.num_layers - 1)
     parts_of_state = state if isinstance(state, tuple) else (state,)
-    run_length = len(b_x[0]) // cell.gates
+    run_length = len(biases[0]) // cell.tape
     carry = np.zeros((model.num_layers, batch, cell.carries * run_length), dtype)
     for i, value in enumerate(parts_of_state[1:]):
         carry[:, :, i * run_length : i * run_length + hidden] = value
@@ -257,14 +260,14 @@ def generate(
         _generate,
         parts_for(work, batch),
         cell,
+        cell.tail,
         np.zeros((1, 0), dtype) if model.embedding is None else model.embedding.params["weight"],
         np.array(inputs),
         np.concatenate(w_x),
         np.cumsum([0] + [w.size for w in w_x[:-1]]),
-        np.stack(b_x),
         np.concatenate(w_h),
         np.cumsum([0] + [w.size for w in w_h[:-1]]),
-        np.stack(b_h),
+        np.stack(biases),
         pack_transposed(model.head.params["weight"], (0,)),
         model.head.params["bias"],
         h,

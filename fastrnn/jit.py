@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import os
 import pickle
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,6 +174,7 @@ def _hash_sources() -> str | None:
 
 # Now, when the package is imported: a later edit of the files does not change this process.
 _SOURCES = _hash_sources()
+_STAMP = (_SOURCES or "")[:12]
 
 
 def _settings() -> tuple:
@@ -212,10 +214,11 @@ class _Files:
 
     def _path(self, key: Any) -> Path:
         name = hashlib.sha256(repr((_settings(), key)).encode()).hexdigest()[:24]
-        return self._directory / f"{self._stem()}{name}.nbc"
+        return self._directory / f"{self._base}.{_STAMP}.{name}.nbc"
 
-    def _stem(self) -> str:
-        return f"{self._base}.{(_SOURCES or '')[:12]}."
+    def _all(self) -> Iterator[Path]:
+        """The files of this function, wherever in its module it stood."""
+        return self._directory.glob(f"{re.sub('-[0-9]+', '-*', self._base)}.*.nbc")
 
     def load(self, key: Any) -> Any:
         try:
@@ -236,10 +239,10 @@ class _Files:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        for other in self._directory.glob(f"{self._base}.*.nbc"):
-            if not other.name.startswith(self._stem()):
+        for other in self._all():
+            if f".{_STAMP}." not in other.name:
                 other.unlink(missing_ok=True)
 
     def flush(self) -> None:
-        for path in self._directory.glob(f"{self._base}.*.nbc"):
+        for path in self._all():
             path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastrnn.cells import Cell
 from fastrnn.gemm import COLS
 from fastrnn.jit import kernel
 from fastrnn.memory import empty
@@ -83,9 +84,14 @@ def pack(weight: np.ndarray, order: tuple[int, ...], gap: int) -> np.ndarray:
     return packed
 
 
-def pack_bias(bias: np.ndarray | None, order: tuple[int, ...], size: int, dtype: Any) -> np.ndarray:
-    """The gates of a bias in runs of whole registers; zeros without one."""
-    padded_bias = np.zeros((len(order), padded(size, dtype)), dtype)
-    if bias is not None:
-        padded_bias[:, :size] = bias.reshape(len(order), size)[list(order)]
-    return padded_bias.reshape(-1)
+def pack_bias(
+    cell: Cell, size: int, dtype: Any, b_x: np.ndarray | None, b_h: np.ndarray | None
+) -> np.ndarray:
+    """Both biases where the cell wants them in its sums, in runs of whole registers."""
+    packed = np.zeros((cell.tape, padded(size, dtype)), dtype)
+    parts = ((b_x, cell.order_x, 0), (b_h, cell.order_h, cell.tail))
+    for bias, order, start in parts:
+        if bias is not None:
+            gates = bias.reshape(cell.gates, size)[list(order)]
+            packed[start : start + cell.gates, :size] += gates
+    return packed.reshape(-1)

@@ -6,9 +6,9 @@ shapes (Hp is H rounded up to whole registers, G and R are the cell's `gates` an
 x      (T, B, I) floats, or (T, B) int32 tokens
 h      (T+1, B, H)   h[0] is the initial state, h[1:] the output
 carry  (S+1, B, cell.carries*Hp)   further states; S is T where a tape is kept, else 0
-tape   (S', B, R*Hp)   gates for backward; holds G runs of W_x x + b_x until its step is reached.
+tape   (S', B, R*Hp)   the cell's s before its step, then its tape; in backward the gradient of s.
        S' is T where a tape is kept, else `chunk`
-w_x, w_h, b_x, b_h   weights packed by `pack_transposed`, biases in G runs of Hp
+w_x, w_h, bias   weights packed by `pack_transposed`, both biases in R runs of Hp
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from fastrnn.cells.cell import (
     backward,
     gates,
     load_carry,
-    load_gates,
     load_tape,
     output,
     store_runs,
 )
-from fastrnn.gemm import accumulate, multiply, panel_scratch, scatter, scratch, strip_scratch
-from fastrnn.jit import kernel
+from fastrnn.gemm import accumulate, multiply, panel_scratch, scatter, strip_scratch
+from fastrnn.jit import helper, kernel
 from fastrnn.simd import (
     at,
     flush_denormals,
@@ -39,60 +38,73 @@ from fastrnn.simd import (
 )
 
 
-def _project(x, t, steps, first, rows, w_x, b_x, tape, into, n):
-    """tape[into ...] = W_x x + b_x for `steps` steps from t and `rows` sequences from `first`."""
+def _project(x, t, steps, first, rows, w_x, bias, tape, slot, n):
+    """tape[slot + s] = W_x x[t + s] + bias, for `steps` steps and `rows` sequences from `first`."""
 
 
 @overload(_project)
-def _project_overload(x, t, steps, first, rows, w_x, b_x, tape, into, n):
-    def dense(x, t, steps, first, rows, w_x, b_x, tape, into, n):
+def _project_overload(x, t, steps, first, rows, w_x, bias, tape, slot, n):
+    def dense(x, t, steps, first, rows, w_x, bias, tape, slot, n):
         batch, size = x.shape[1:]
         row = tape.shape[2]
         start = (t * batch + first) * size
-        if rows == batch:
-            steps, rows = 1, steps * rows
+        into = (slot * batch + first) * row
+        whole = rows == batch
         multiply(
-            steps, rows, n, size, at(x, start), size, batch * size,
-            at(w_x, 0), at(b_x, 0), 0, at(tape, into), row, batch * row,
+            1 if whole else steps, steps * rows if whole else rows, n, size,
+            at(x, start), size, batch * size,
+            at(w_x, 0), at(bias, 0), 0, at(tape, into), row, batch * row,
         )  # fmt: skip
+        fill_tail(bias, n, tape, into, steps, batch, rows)
 
-    def tokens(x, t, steps, first, rows, w_x, b_x, tape, into, n):
+    def tokens(x, t, steps, first, rows, w_x, bias, tape, slot, n):
         batch = x.shape[1]
         row = tape.shape[2]
         w = width_of(tape)
+        into = (slot * batch + first) * row
         for s in range(steps):
             for r in range(rows):
                 source = x[t + s, first + r] * n
                 target = into + (s * batch + r) * row
                 for j in range(0, n, w):
-                    store(tape, target + j, load(w_x, source + j) + load(b_x, j))
+                    store(tape, target + j, load(w_x, source + j) + load(bias, j))
+        fill_tail(bias, n, tape, into, steps, batch, rows)
 
     return tokens if isinstance(x.dtype, types.Integer) else dense
 
 
+@helper
+def fill_tail(bias, n, tape, into, steps, batch, rows):
+    """Begin the sums that have no part of x, the columns from n on, with their bias."""
+    row = bias.size
+    for s in range(steps):
+        for r in range(rows):
+            target = into + (s * batch + r) * row
+            for j in range(n, row, width_of(tape)):
+                store(tape, target + j, load(bias, j))
+
+
 @kernel
-def forward_slice(part, parts, cell, chunk, keep, x, w_x, b_x, w_h, b_h, h, carry, tape):
+def forward_slice(part, parts, cell, tail, chunk, keep, x, w_x, w_h, bias, h, carry, tape):
     """Fill h, carry and tape for the part'th slice of the batch; keep is 1 with a tape, else 0."""
     mode = flush_denormals()
     steps, batch = x.shape[:2]
     size = h.shape[2]
     w = width_of(h)
     run = (size + w - 1) // w * w
-    n = b_x.size
+    n = w_h.size // size
     row = tape.shape[2]
     carry_row = carry.shape[2]
     first = batch * part // parts
     rows = batch * (part + 1) // parts - first
-    a = scratch(h, rows * n)
     for start in range(0, steps, chunk):
         length = min(chunk, steps - start)
         slot = start * keep
-        _project(x, start, length, first, rows, w_x, b_x, tape, (slot * batch + first) * row, n)
+        _project(x, start, length, first, rows, w_x, bias, tape, slot, n)
         for t in range(start, start + length):
             h_old = at(h, (t * batch + first) * size)
-            multiply(
-                1, rows, n, size, h_old, size, 0, at(w_h, 0), at(b_h, 0), 0, at(a, 0), n, 0
-            )  # fmt: skip
+            s = at(tape, ((slot + t - start) * batch + first) * row + tail * run)
+            multiply(1, rows, n, size, h_old, size, 0, at(w_h, 0), s, row, s, row, 0)
             for r in range(rows):
                 b = first + r
                 here = (t * batch + b) * size
@@ -103,8 +115,7 @@ def forward_slice(part, parts, cell, chunk, keep, x, w_x, b_x, w_h, b_h, h, carr
                 for u in range(0, size, w):
                     tape_new, carry_new = gates(
                         cell,
-                        load_gates(cell, tape, kept + u, run),
-                        load_gates(cell, a, r * n + u, run),
+                        load_tape(cell, tape, kept + u, run),
                         load_n(h, here + u, size - u),
                         load_carry(cell, carry, before + u, run),
                     )

@@ -356,7 +356,9 @@ def settings_from(description: Any) -> Settings:
         raise ValueError(f"checkpoint settings: expected the keys {sorted(names)}")
     try:
         return Settings(**description)
-    except (TypeError, ValueError, OverflowError) as error:
+    except OverflowError:
+        raise ValueError("checkpoint settings: expected numbers, got one without end") from None
+    except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint settings: {error}") from None
 
 
@@ -372,8 +374,7 @@ def load_model(path: Any) -> tuple[LanguageModel, dict[str, np.ndarray], dict[st
     if description.get("kind") != FORMAT:
         raise ValueError(f"{path}: expected a {FORMAT}, got kind {description.get('kind')!r:.100}")
     try:
-        weights = _under(tensors, "model.")
-        model = model_from_config(description["model"], weights)
-    except (KeyError, TypeError, ValueError) as error:
+        model = model_from_config(description.get("model", {}), _under(tensors, "model."))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     return model, tensors, description

@@ -36,7 +36,7 @@ def exp(x):
 
 
 def sigmoid(x):
-    """1 / (1 + e**-x)."""
+    """e**x / (1 + e**x)."""
 
 
 def tanh(x):
@@ -80,8 +80,8 @@ def _exp_overload(x):
     infinity = math.inf
 
     def impl(x):
-        inside = select_greater(x, highest, highest, select_greater(lowest, x, lowest, x))
-        power, q = _parts(inside)
+        raised = select_greater(lowest, x, lowest, x)
+        power, q = _parts(select_greater(raised, highest, highest, raised))
         y = fma(power, q, power)
         return select_greater(x, highest, infinity, select_greater(lowest, x, 0.0, y))
 
@@ -95,9 +95,10 @@ def _sigmoid_overload(x):
     lowest, highest = _RANGE[x.dtype.bitwidth]
 
     def impl(x):
-        inside = select_greater(x, highest, highest, select_greater(lowest, x, lowest, x))
-        power, q = _parts(-inside)
-        return 1.0 / (1.0 + fma(power, q, power))
+        raised = select_greater(lowest, x, lowest, x)
+        power, q = _parts(select_greater(raised, highest, highest, raised))
+        y = fma(power, q, power)
+        return y / (1.0 + y)
 
     return impl
 
@@ -109,7 +110,8 @@ def _tanh_overload(x):
     flat = _FLAT[x.dtype.bitwidth]
 
     def impl(x):
-        inside = select_greater(x, flat, flat, select_greater(-flat, x, -flat, x))
+        raised = select_greater(-flat, x, -flat, x)
+        inside = select_greater(raised, flat, flat, raised)
         power, q = _parts(inside + inside)
         # e**2x - 1 without the cancellation near zero.
         y = fma(power, q, power - 1.0)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrnn import gemm
+from fastrnn.cells import GRU
 from fastrnn.jit import kernel
 from fastrnn.pack import pack, pack_bias, pack_transposed
 from fastrnn.simd import at, broadcast, fma, lanes, store
@@ -461,8 +462,11 @@ def test_pack(dtype, order, rng, threads):
 @each_dtype
 def test_pack_bias(dtype, rng):
     w = lanes(dtype)
-    bias = numbers(rng, dtype, 3 * (w + 1))
-    want = np.zeros((3, 2 * w), dtype)
-    want[:, : w + 1] = bias.reshape(3, w + 1)[[2, 0, 1]]
-    same(pack_bias(bias, (2, 0, 1), w + 1, dtype), want.reshape(-1))
-    same(pack_bias(None, (2, 0, 1), w + 1, dtype), np.zeros(6 * w, dtype))
+    size = w + 1
+    b_x, b_h = (numbers(rng, dtype, 3 * size) for _ in range(2))
+    n_x, r_x, z_x = b_x.reshape(3, size)[[2, 0, 1]]
+    r_h, z_h, n_h = b_h.reshape(3, size)
+    want = np.zeros((4, 2 * w), dtype)
+    want[:, :size] = n_x, r_x + r_h, z_x + z_h, n_h
+    same(pack_bias(GRU, size, dtype, b_x, b_h), want.reshape(-1))
+    same(pack_bias(GRU, size, dtype, None, None), np.zeros(8 * w, dtype))

@@ -503,11 +503,12 @@ def test_arguments_are_let_go(pool):
     class Array:
         pass
 
-    argument, freed = Array(), threading.Event()
-    weakref.finalize(argument, freed.set)
-    parallel.run(Recorder(pause=0.01), 3, [argument])
-    del argument
-    assert freed.wait(5)
+    for pause in (0, 0.01):
+        argument, freed = Array(), threading.Event()
+        weakref.finalize(argument, freed.set)
+        parallel.run(Recorder(pause=pause), 3, argument)
+        del argument
+        assert freed.is_set()
 
 
 @posix
@@ -618,6 +619,40 @@ def test_interrupt_anywhere(pool):
         if not interrupted:
             break
     assert n > 50
+
+
+def test_call_anywhere_inside_a_call(pool):
+    """A signal handler that uses the library, wherever in a call it is run."""
+    results = []
+
+    class CallAt(InterruptAt):
+        def __call__(self, frame, event, argument):
+            try:
+                return super().__call__(frame, event, argument)
+            except KeyboardInterrupt:
+                work = Recorder()
+                parallel.run(work, 3)
+                results.append(sorted(work.ended))
+                return self
+
+    def work():
+        for n in range(1, 1000):
+            work, call = Recorder(pause=0.001), CallAt(n)
+            sys.settrace(call)
+            parallel.run(work, 4)
+            sys.settrace(None)
+            results.append(sorted(work.ended))
+            if call.left >= 0:
+                break
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "a call waits for itself"
+    assert len(results) > 100
+    assert {tuple(ended) for ended in results} == {
+        tuple((part, parts) for part in range(parts)) for parts in (3, 4)
+    }
 
 
 def test_training_in_a_signal_handler(run, plain):
@@ -904,8 +939,10 @@ report(train("GRU"), train("LSTM"), train("GRU", "float64"), others())
 """
     usual = run(body)
     assert usual[:3] == list(plain.values())
-    # Freed memory is filled with other bytes, and goes back to the system where it is large.
-    assert run(body, MALLOC_PERTURB_="165", MALLOC_MMAP_THRESHOLD_="4096") == usual
+    # Freed memory is filled with other bytes and, in pieces of 4 KiB, goes back to the system.
+    settings = "mmap_threshold=4096 top_pad=0 trim_threshold=0 tcache_count=0 perturb=165"
+    tunables = ":".join(f"glibc.malloc.{setting}" for setting in settings.split())
+    assert run(body, GLIBC_TUNABLES=tunables) == usual
 
 
 @pytest.mark.skipif(

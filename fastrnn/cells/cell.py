@@ -2,22 +2,19 @@
 
 A cell knows nothing of time, batch, threads or memory. Its module has three compiled functions:
 
-    gates(x, a, h, carry) -> tape, carry
+    gates(s, h, carry) -> tape, carry
     output(tape, h, carry) -> h, tape
     backward(tape, h_prev, h, carry_prev, carry, d_h, d_carry) -> d_tape, d_h_prev, d_carry_prev
 
-x     what the input adds to each gate, a tuple of `gates` registers: W_x x_t + b_x
-a     what the state adds to each gate: W_h h_{t-1} + b_h
+s     what the products give, a tuple of `tape` registers: the first `gates` of them have received
+      W_x x_t + b_x, the `gates` from `tail` on W_h h_{t-1} + b_h; where they overlap, the sum
 h     the hidden state, before (argument) and after (result) the step
-carry a tuple of the further states, for the LSTM (c,): in `output` it is that after the step
-tape  a tuple of what backward needs; it returns there the gradients of the gates
+carry a tuple of the further states, for the LSTM (c,); in `output` it is that after the step
+tape  a tuple of what backward needs; it returns there the gradients of s
+`d_h_prev` is only what flows to h_{t-1} past the matrix W_h.
 
 Forward has two halves since one tanh waits for another's result: all gates of a row are computed
-before the first output, so the processor finds enough to do (148 cycles became 90 for an LSTM).
-
-`d_tape` holds runs of gate gradients: the first `gates` of them belong to x, the `gates` from
-`tail` on belong to a (in one array, since all but the GRU's candidate are the same number).
-`d_h_prev` is only what flows to h_{t-1} past the matrix W_h.
+before the first output, so that the processor has enough to do.
 """
 
 from __future__ import annotations
@@ -38,14 +35,14 @@ from fastrnn.simd import Vec, address, read, write
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A cell as kernels see it. Orders are of PyTorch's gates, for the runs of the tape.
+    """A cell as kernels see it.
 
     name     what kernels and caches know it by
     gates    products per unit: rows of the weights are `gates * H`
-    tape     runs kept per unit for backward
-    tail     first run of the gradients that belong to the state
+    tape     registers of s and of the tape per unit
+    tail     where in s the part of the state begins
     carries  states beyond h
-    order_x, order_h   which gate of the weights each run of x and of a is
+    order_x, order_h   which gate of PyTorch's weights each register of the two parts is
     """
 
     name: str
@@ -83,7 +80,7 @@ def _unbox_cell(kind: Any, value: Any, context: Any) -> NativeValue:
     return NativeValue(context.context.get_dummy_value())
 
 
-def gates(cell, x, a, h, carry):
+def gates(cell, s, h, carry):
     """The cell's `gates`, chosen at compile time."""
 
 
@@ -96,9 +93,9 @@ def backward(cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry):
 
 
 @overload(gates)
-def _gates(cell, x, a, h, carry):
+def _gates(cell, s, h, carry):
     function = cell.cell.gates_of
-    return lambda cell, x, a, h, carry: function(x, a, h, carry)
+    return lambda cell, s, h, carry: function(s, h, carry)
 
 
 @overload(output)
@@ -135,7 +132,6 @@ def _runs(count_of: str) -> Any:
     return load_runs
 
 
-load_gates = _runs("gates")
 load_tape = _runs("tape")
 load_carry = _runs("carries")
 

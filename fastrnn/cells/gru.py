@@ -1,10 +1,9 @@
 """Gated recurrent unit, reset after the product: Cho et al. 2014, arXiv:1406.1078v1; PyTorch's.
 
-r = sigmoid(x_r + a_r)    z = sigmoid(x_z + a_z)    n = tanh(x_n + r a_n)
-h' = (1 - z) n + z h
+r = sigmoid(s_r)    z = sigmoid(s_z)    n = tanh(x_n + r a_n)    h' = (1 - z) n + z h
 
-The tape is n, r, z, a_n (between the halves of forward x_n, r, z, a_n): its first three runs are
-the gates of x, its last three those of a.
+s is x_n, s_r, s_z, a_n: its first three registers have the part of x, its last three that of the
+state. The tape is n, r, z, a_n, between the halves of forward x_n, r, z, a_n.
 """
 
 from fastrnn.cells.cell import Cell
@@ -14,12 +13,9 @@ from fastrnn.vmath import sigmoid, tanh
 
 
 @helper
-def gates(x, a, h, carry):
-    x_n, x_r, x_z = x
-    a_r, a_z, a_n = a
-    r = sigmoid(x_r + a_r)
-    z = sigmoid(x_z + a_z)
-    return (x_n, r, z, a_n), carry
+def gates(s, h, carry):
+    x_n, s_r, s_z, a_n = s
+    return (x_n, sigmoid(s_r), sigmoid(s_z), a_n), carry
 
 
 @helper

@@ -1,7 +1,7 @@
 """Long short-term memory: Hochreiter and Schmidhuber 1997, forget gate of Gers et al. 2000.
 
-i = sigmoid(x_i + a_i)    f = sigmoid(x_f + a_f)    g = tanh(x_g + a_g)    o = sigmoid(x_o + a_o)
-c' = f c + i g            h' = o tanh(c')
+i = sigmoid(s_i)    f = sigmoid(s_f)    g = tanh(s_g)    o = sigmoid(s_o)
+c' = f c + i g      h' = o tanh(c')
 """
 
 from fastrnn.cells.cell import Cell
@@ -11,11 +11,11 @@ from fastrnn.vmath import sigmoid, tanh
 
 
 @helper
-def gates(x, a, h, carry):
-    i = sigmoid(x[0] + a[0])
-    f = sigmoid(x[1] + a[1])
-    g = tanh(x[2] + a[2])
-    o = sigmoid(x[3] + a[3])
+def gates(s, h, carry):
+    i = sigmoid(s[0])
+    f = sigmoid(s[1])
+    g = tanh(s[2])
+    o = sigmoid(s[3])
     return (i, f, g, o), (fma(f, carry[0], i * g),)
 
 

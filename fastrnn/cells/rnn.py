@@ -1,4 +1,4 @@
-"""The plain recurrent network of Elman 1990: h' = tanh(x + a), or max(0, x + a)."""
+"""The plain recurrent network of Elman 1990: h' = tanh(s), or max(0, s)."""
 
 from fastrnn.cells.cell import Cell
 from fastrnn.jit import helper
@@ -7,8 +7,8 @@ from fastrnn.vmath import tanh
 
 
 @helper
-def gates(x, a, h, carry):
-    return (x[0] + a[0],), carry
+def gates(s, h, carry):
+    return s, carry
 
 
 @helper
