@@ -32,6 +32,7 @@ import json, sys
 import numpy as np
 import fastrnn
 from fastrnn import jit
+{first}
 from fastrnn.dropout import dropout
 from fastrnn.loss import softmax_cross_entropy
 {before}
@@ -72,7 +73,7 @@ class Installation:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(SOURCE, self.package, ignore=ignored)
 
-    def start(self, *kernels, before="", **environment):
+    def start(self, *kernels, first="", before="", **environment):
         """A program that uses some kernels; an environment variable of None is removed."""
         variables = {
             **os.environ,
@@ -83,9 +84,9 @@ class Installation:
             "PYTHONDONTWRITEBYTECODE": "1",
             **environment,
         }
-        program = self.folder / ("program.py" if not before else "special.py")
-        if before or not program.exists():  # a process may be about to read it
-            program.write_text(PROGRAM.format(before=before))
+        program = self.folder / ("special.py" if first or before else "program.py")
+        if first or before or not program.exists():  # a process may be about to read it
+            program.write_text(PROGRAM.format(first=first, before=before))
         return subprocess.Popen(
             [sys.executable, str(program), *kernels],
             stdin=subprocess.DEVNULL,
@@ -225,14 +226,28 @@ def test_versions_count(monkeypatch):
     assert jit._hash_sources() != stamp
 
 
-def test_an_edit_under_a_running_process(installation):
-    # What runs is the old code: it must not be kept as that of the new sources.
-    before = """
+EDIT = """
 from pathlib import Path
 path = Path(fastrnn.__file__).parent / "dropout.py"
 path.write_text(path.read_text().replace("0x9E3779B97F4A7C15", "0x9E3779B97F4A7C17"))
 """
-    first = installation.run("dropout", before=before)
+
+
+def test_an_edit_under_a_running_process(installation):
+    # What runs is the old code: it must not be kept as that of the new sources.
+    first = installation.run("dropout", before=EDIT)
+    second = installation.run("dropout")
+    assert first["numbers"] != second["numbers"]
+    assert second["loaded"] == 0
+
+
+def test_an_edit_between_imports(installation):
+    # What runs is the new code: it must not be kept as that of the old sources.
+    path = installation.package / "dropout.py"
+    source = path.read_text()
+    first = installation.run("dropout", first=EDIT)
+    assert path.read_text() != source
+    path.write_text(source)
     second = installation.run("dropout")
     assert first["numbers"] != second["numbers"]
     assert second["loaded"] == 0
