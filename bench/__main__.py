@@ -88,7 +88,7 @@ def main() -> int:
                 answer = contestant.ask(do="set", case=case, cell=cell, dtype=options.dtype)
                 if "failed" in answer:
                     print(f"{case:8} {cell:5} {contestant.name:8} missing: {answer['failed'][:70]}")
-                elif answer["error"] > GATE[options.dtype]:
+                elif not answer["error"] <= GATE[options.dtype]:
                     print(f"{case:8} {cell:5} {contestant.name:8} wrong by {answer['error']:.1e}")
                     failures += contestant.name == "fastrnn"
                 else:

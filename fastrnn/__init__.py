@@ -41,9 +41,10 @@ _PLACES |= dict.fromkeys(("get_num_threads", "set_num_threads"), "parallel")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'fastrnn' has no attribute {name!r}")
-    module = importlib.import_module(f"fastrnn.{_PLACES.get(name, name)}")
+    try:
+        module = importlib.import_module(f"fastrnn.{_PLACES.get(name, name)}")
+    except ModuleNotFoundError:
+        raise AttributeError(f"module 'fastrnn' has no attribute {name!r}") from None
     value = getattr(module, name) if name in _PLACES else module
     globals()[name] = value
     return value

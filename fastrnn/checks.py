@@ -65,8 +65,22 @@ def as_array(name: str, value: Any) -> np.ndarray:
 
 
 def for_kernel(array: np.ndarray, dtype: Any = None) -> np.ndarray:
-    """`array` as kernels take it (contiguous, aligned, writable), copied only if it has to be."""
-    return np.require(array, dtype, ["C", "A", "W"])
+    """`array` as kernels take it (contiguous, aligned), copied only if it has to be.
+
+    Kernels are compiled for writable arrays and never write into their inputs: a read-only array is
+    lent as a writable view.
+    """
+    array = np.require(array, dtype, ["C", "A"])
+    return array if array.flags.writeable else np.asarray(_Lent(array))
+
+
+class _Lent:
+    """A read-only array that says it is writable."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        interface = dict(array.__array_interface__)
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
 
 
 def check_shape(name: str, array: np.ndarray, shape: Sequence[int | None], names: str) -> None:
@@ -136,7 +150,7 @@ def check_in_place(name: str, value: Any, dtype: np.dtype, shape: tuple[int, ...
 
 
 def load_params(
-    params: dict[str, np.ndarray], mapping: Mapping[str, Any], name: str = "state_dict"
+    params: Mapping[str, np.ndarray], mapping: Mapping[str, Any], name: str = "state_dict"
 ) -> None:
     """Copy every array of `mapping` into `params`; all keys and shapes must match."""
     if not isinstance(mapping, Mapping):
@@ -147,6 +161,8 @@ def load_params(
         raise ValueError(
             f"{name}: expected keys {sorted(params)}; missing {missing}, unknown {unknown}"
         )
+    for key, value in params.items():
+        check_in_place(f"params[{key!r}]", value, value.dtype, value.shape)
     arrays = {key: as_array(f"{name}[{key!r}]", mapping[key]) for key in params}
     for key, array in arrays.items():
         if array.shape != params[key].shape:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -191,7 +192,7 @@ def _boundary(vocabulary: Vocabulary) -> int:
 
 
 def _digest(tokens: np.ndarray) -> str:
-    return hashlib.sha256(tokens.tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
 
 
 def _given(options: argparse.Namespace, *names: str) -> list[str]:
@@ -345,12 +346,16 @@ def _train(options: argparse.Namespace) -> int:
     # The first step compiles and is not timed.
     timed, seconds = trainer.step - before - 1, trainer.seconds - began
     if not options.quiet and not asked:
-        model.load_state_dict(trainer.best_params)
+        model.load_state_dict(trainer.kept_params)
         prompt = [_boundary(vocabulary)]
         drawn = generate(model, prompt, 300, temperature=0.8, seed=settings.seed)[0]
         print(f"{vocabulary.decode(drawn)}\n")
     if not options.quiet:
-        losses = f"train loss {trainer.train_loss:.4f}, validation loss {trainer.val_loss:.4f}"
+        losses = f"loss {trainer.loss:.4f}"
+        if not math.isnan(trainer.train_loss):
+            losses = f"train loss {trainer.train_loss:.4f}"
+        if not math.isnan(trainer.val_loss):
+            losses += f", validation loss {trainer.val_loss:.4f}"
         print(f"{trainer.step} steps, {losses} nats per token; saved {out}", file=sys.stderr)
     if options.json:
         figures = {
@@ -406,10 +411,11 @@ def _sample(options: argparse.Namespace) -> int:
 def _score(options: argparse.Namespace) -> int:
     model, vocabulary, _, _ = _load(options.model)
     if options.file is not None:
-        text = read_corpus(options.file, vocabulary.level)
+        text: Any = read_corpus(options.file, vocabulary.level)
     else:
         text = options.text
-    lines: list[Any] = [line for line in text.splitlines() if line]
+    ends: Any = rb"\r\n|\n|\r" if isinstance(text, bytes) else r"\r\n|\n|\r"
+    lines: list[Any] = [line for line in re.split(ends, text) if line.strip()]
     if not lines:
         raise ValueError("text: expected at least one line that is not empty")
     end = _boundary(vocabulary)

@@ -37,12 +37,24 @@ def _check_writable(grads: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"grads[{key!r}]: expected a writable array, got a read-only one")
 
 
+def _check(grads: Mapping[str, np.ndarray]) -> None:
+    if not isinstance(grads, Mapping):
+        raise TypeError(
+            f"grads: expected a mapping of arrays, as backward returns it, "
+            f"got {type(grads).__name__}"
+        )
+
+
 def grad_norm(grads: Mapping[str, np.ndarray], norm_type: float = 2.0) -> float:
     """The norm of all gradients as one vector; `norm_type` 2 or inf."""
     if norm_type == 2:
         total = 0.0
         for g in grads.values():
             total += _squares(for_kernel(g).reshape(-1), _BLOCK)
+        largest = max(float(np.max(np.abs(g))) for g in grads.values()) if total == math.inf else 0
+        if 0 < largest < math.inf:
+            # The squares overflowed, the norm need not.
+            return largest * grad_norm({key: g / largest for key, g in grads.items()})
         return math.sqrt(total)
     if norm_type == math.inf:
         # max() of Python would lose a NaN.
@@ -61,7 +73,8 @@ def clip_grad_norm_(
     Returns the norm before clipping. If it is not finite the gradients stay as they are, or with
     `error_if_nonfinite` a ValueError tells.
     """
-    limit = as_number("max_norm", max_norm, 0, math.inf)
+    _check(grads)
+    limit = math.inf if max_norm == math.inf else as_number("max_norm", max_norm, 0, math.inf)
     _check_writable(grads)
     norm = grad_norm(grads, norm_type)
     if not math.isfinite(norm):
@@ -77,6 +90,7 @@ def clip_grad_norm_(
 
 def clip_grad_value_(grads: Mapping[str, np.ndarray], clip_value: float) -> None:
     """Limit every element of the gradients to [-clip_value, clip_value]."""
+    _check(grads)
     limit = as_number("clip_value", clip_value, 0, math.inf)
     _check_writable(grads)
     for g in grads.values():

@@ -21,7 +21,7 @@ def _mix(x):
 
 @helper
 def random_bits(seed, row, unit):
-    """64 random bits for one number of an array."""
+    """64 random bits for one number of a matrix."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     key = _mix(seed + golden * (np.uint64(row) + np.uint64(1)))
     return _mix(key + golden * (np.uint64(unit) + np.uint64(1)))
@@ -29,14 +29,17 @@ def random_bits(seed, row, unit):
 
 @kernel
 def _dropout(part, parts, x, seed, limit, scale, y):
-    """y = x * scale where the bits reach `limit`, else 0; x and y are (rows, units)."""
-    rows, units = x.shape
+    """y = x * scale where the bits reach `limit`, else 0; x and y are (T, B, units)."""
+    steps, batch, units = x.shape
+    rows = steps * batch
     for row in range(rows * part // parts, rows * (part + 1) // parts):
+        t, b = row // batch, row % batch
+        key = random_bits(seed, t, b)
         for unit in range(units):
-            if random_bits(seed, row, unit) >> np.uint64(11) < limit:
-                y[row, unit] = 0
+            if random_bits(key, 0, unit) >> np.uint64(11) < limit:
+                y[t, b, unit] = 0
             else:
-                y[row, unit] = x[row, unit] * scale
+                y[t, b, unit] = x[t, b, unit] * scale
 
 
 def dropout(x: np.ndarray, p: float, seed: int, y: np.ndarray) -> None:
@@ -44,8 +47,7 @@ def dropout(x: np.ndarray, p: float, seed: int, y: np.ndarray) -> None:
 
     x and y are C-contiguous (T, B, H); they may be the same array.
     """
-    rows = x.reshape(-1, x.shape[-1])
     limit = np.uint64(int(p * 2**53))
     scale = x.dtype.type(1 / (1 - p))
-    parts = parts_for(x.size * 4, len(rows))
-    run(_dropout, parts, rows, np.uint64(seed % 2**64), limit, scale, y.reshape(rows.shape))
+    parts = parts_for(x.size * 4, x.shape[0] * x.shape[1])
+    run(_dropout, parts, x, np.uint64(seed % 2**64), limit, scale, y)

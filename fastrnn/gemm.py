@@ -19,11 +19,14 @@ from fastrnn.simd import (
     Vec,
     at,
     first_lanes,
+    flush_denormals,
+    keep_alive,
     load_n,
     machine,
     multiply_add,
     read,
     read_masked,
+    restore_denormals,
     splat,
     store,
     store_n,
@@ -306,12 +309,14 @@ def scatter(tokens, d, d_at, d_row, n, first, end, out, sums):
 @kernel
 def affine(part, parts, x, p, bias, y):
     """y (N, O) = x (N, I) @ P + bias, for the part'th slice of rows; P by `pack_transposed`."""
+    mode = flush_denormals()
     count, size = x.shape
     n = y.shape[1]
     first = count * part // parts
     rows = count * (part + 1) // parts - first
     c = at(y, first * n)
     multiply(1, rows, n, size, at(x, first * size), size, 0, at(p, 0), at(bias, 0), 0, c, n, 0)
+    restore_denormals(mode)
 
 
 @kernel
@@ -320,21 +325,27 @@ def affine_gradients(part, parts, x, d_y, p, zeros, d_x, d_weight, d_bias):
 
     x (T, B, I); P is the weight by `pack`; zeros (I,).
     """
+    mode = flush_denormals()
     steps, batch, n = d_y.shape
     size = x.shape[2]
     w = width_of(x)
     blocks = (n + w - 1) // w
     first, end = blocks * part // parts, blocks * (part + 1) // parts
     order = np.zeros(1, np.intp)
+    panel, strip = panel_scratch(x, size), strip_scratch(x)
     accumulate(
         steps, batch, at(d_y, 0), n, n, n, at(order, 0), first, end, at(x, 0), size, size,
-        at(d_weight, 0), at(d_bias, 0), at(panel_scratch(x, size), 0), at(strip_scratch(x), 0),
+        at(d_weight, 0), at(d_bias, 0), at(panel, 0), at(strip, 0),
     )  # fmt: skip
+    keep_alive(order)
+    keep_alive(panel)
+    keep_alive(strip)
     count = d_x.shape[0]
     top = count * part // parts
     rows = count * (part + 1) // parts - top
     c = at(d_x, top * size)
     multiply(1, rows, size, n, at(d_y, top * n), n, 0, at(p, 0), at(zeros, 0), 0, c, size, 0)
+    restore_denormals(mode)
 
 
 @kernel
@@ -343,8 +354,10 @@ def scatter_rows(part, parts, tokens, d, out, sums):
 
     tokens (T, B), d (T, B, E), out (V, E), sums (E,).
     """
+    mode = flush_denormals()
     n = out.shape[1]
     w = width_of(out)
     blocks = (n + w - 1) // w
     first, end = blocks * part // parts * w, min(n, blocks * (part + 1) // parts * w)
     scatter(tokens, d, 0, n, n, first, end, out, sums)
+    restore_denormals(mode)

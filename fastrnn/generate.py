@@ -19,6 +19,7 @@ from fastrnn.parallel import parts_for, run
 from fastrnn.simd import (
     at,
     flush_denormals,
+    keep_alive,
     load,
     load_n,
     restore_denormals,
@@ -175,6 +176,9 @@ def _generate(
                     counts[b] += 1
             tokens[b] = max(token, 0)
             out[step, b] = tokens[b]
+    keep_alive(x)
+    keep_alive(s)
+    keep_alive(logits)
     restore_denormals(mode)
 
 

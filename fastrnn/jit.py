@@ -172,7 +172,7 @@ def _hash_sources() -> str | None:
     return digest.hexdigest() if paths else None
 
 
-# Now, when the package is imported: a later edit of the files does not change this process.
+# Modules are read when they are first used; if the files have changed by then, no cache is used.
 _SOURCES = _hash_sources()
 _STAMP = (_SOURCES or "")[:12]
 
@@ -194,7 +194,8 @@ class _KernelCache(FunctionCache):
         """The compiled function for a signature, or None."""
         # A file that another program damaged must cost a compilation, not the call.
         with contextlib.suppress(Exception):
-            return super().load_overload(sig, target_context)
+            if _hash_sources() == _SOURCES:
+                return super().load_overload(sig, target_context)
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:

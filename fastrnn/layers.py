@@ -54,7 +54,7 @@ def new_grads(params: Mapping[str, np.ndarray], grads: Params | None) -> Params:
 class Module:
     """Parameters by name."""
 
-    params: Params
+    params: Mapping[str, np.ndarray]
     dtype: np.dtype
     _shapes: dict[str, tuple[int, ...]]
 
@@ -149,7 +149,7 @@ class _Recurrent(Module):
         if bidirectional:
             raise ValueError(
                 "bidirectional: expected False, got True; not there yet: run a second layer over "
-                "x[::-1] and join the outputs"
+                "x[::-1] and join its output[::-1]"
             )
         self.input_size = as_size("input_size", input_size)
         self.hidden_size = as_size("hidden_size", hidden_size)
@@ -202,7 +202,8 @@ class _Recurrent(Module):
                 tokens below input_size, as if one-hot. Without the B axis: one sequence.
         state   initial state, (num_layers, B, H), for the LSTM a pair (h, c); zeros by default
         seed    of the dropout masks; drawn by the layer if it is not given
-        Returns output (T, B, H), the final state, and what `backward` needs.
+        Returns output (T, B, H), the final state, and what `backward` needs. The output is
+        read-only and x must not change until then: backward reads both.
         """
         return self._forward(x, state, lengths, keep=True, seed=seed)
 
@@ -215,6 +216,9 @@ class _Recurrent(Module):
             )
         self.check_params()
         x, unbatched = self._input(x)
+        if keep and x.dtype == np.int32:
+            # Backward writes where the tokens say: they must still be the ones that were checked.
+            x = x.copy()
         steps, batch = x.shape[:2]
         states = self._initial(state, batch, unbatched)
         if keep and self.dropout and self.num_layers > 1 and seed is None:
@@ -236,7 +240,10 @@ class _Recurrent(Module):
             last.append(np.stack([s.carry[-1, :, at] for s in saved]))
         tokens = saved[0].x.dtype == np.int32
         result = Saved(self._kind(), saved, tokens, unbatched) if keep else None
-        return self._outward(x, unbatched), self._state_out(last, unbatched), result
+        output = self._outward(x, unbatched)
+        # Backward reads the same memory.
+        output.flags.writeable = not keep
+        return output, self._state_out(last, unbatched), result
 
     def _run_layer(self, layer: int, x: np.ndarray, states: list, keep: bool) -> _Saved:
         cell, size, dtype = self.cell, self.hidden_size, self.dtype
@@ -401,6 +408,11 @@ class _Recurrent(Module):
         """x time-major, floats (T, B, I) or int32 (T, B), and whether it came without B."""
         array = as_array("x", x)
         tokens = array.dtype.kind in "iu"
+        if tokens and array.ndim == 3:
+            raise TypeError(
+                f"x: expected features of {self.dtype}, got {array.dtype}; convert them with "
+                f".astype(np.{self.dtype}) (integers are tokens, without the I axis)"
+            )
         unbatched = array.ndim == (1 if tokens else 2)
         names = "(B, T, I)" if self.batch_first else "(T, B, I)"
         if unbatched:

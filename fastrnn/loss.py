@@ -14,8 +14,10 @@ from fastrnn.memory import empty
 from fastrnn.parallel import parts_for, run
 from fastrnn.simd import (
     broadcast,
+    flush_denormals,
     load,
     load_n,
+    restore_denormals,
     select_greater,
     store,
     store_n,
@@ -31,6 +33,7 @@ def softmax_rows(part, parts, logits, targets, ignored, scale, losses, d_logits)
     logits (N, V), targets (N,), losses (N,) float64; d_logits (N, V), which may be logits, or
     (0, V): none. A row whose target is `ignored` loses nothing.
     """
+    mode = flush_denormals()
     rows, size = logits.shape
     w = width_of(logits)
     # One row, its padding at minus infinity, so that whole registers can be used.
@@ -72,6 +75,7 @@ def softmax_rows(part, parts, logits, targets, ignored, scale, losses, d_logits)
             for j in range(0, size, w):
                 store_n(d_logits, start + j, load(values, j) * factor, size - j)
             d_logits[row, target] -= values.dtype.type(scale)
+    restore_denormals(mode)
 
 
 def softmax_cross_entropy(
@@ -84,6 +88,7 @@ def softmax_cross_entropy(
     inplace  let the gradient take the memory of the logits
     """
     array = as_array("logits", logits)
+    inplace = inplace and array.flags.writeable
     dtype = as_dtype(array.dtype, "logits")
     lead = array.shape[:-1]
     names = "(" + "..., " * len(lead) + "V)"

@@ -43,11 +43,14 @@ class _Block:
         global _idle_bytes
         raw = self._raw
         # Never wait: the collector may run this inside the lock. None: the interpreter is ending.
-        if _lock is not None and _lock.acquire(blocking=False):
+        if _lock is not None and raw.nbytes <= _KEPT and _lock.acquire(blocking=False):
             try:
-                if _idle_bytes + raw.nbytes <= _KEPT:
-                    _idle.setdefault(raw.nbytes, []).append(raw)
-                    _idle_bytes += raw.nbytes
+                # The sizes that were last used longest ago make room.
+                while _idle_bytes + raw.nbytes > _KEPT:
+                    oldest = next(iter(_idle))
+                    _idle_bytes -= oldest * len(_idle.pop(oldest))
+                _idle.setdefault(raw.nbytes, []).append(raw)
+                _idle_bytes += raw.nbytes
             finally:
                 _lock.release()
 
@@ -60,13 +63,16 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     count = math.prod(shape)
     size = count * dtype.itemsize + ALIGNMENT
     raw = None
-    if size >= _SMALLEST:
-        with _lock:
-            if idle := _idle.get(size):
+    # Never wait here either: a signal handler may have interrupted the holder of the lock.
+    if size >= _SMALLEST and _lock.acquire(blocking=False):
+        try:
+            if idle := _idle.pop(size, None):
                 raw = idle.pop()
                 _idle_bytes -= size
-                if not idle:
-                    del _idle[size]
+                if idle:
+                    _idle[size] = idle
+        finally:
+            _lock.release()
     if raw is None:
         raw = np.empty(size, np.uint8)
     if size >= _SMALLEST:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -79,11 +80,14 @@ class LanguageModel(Module):
                 self.rnn.params[f"bias_hh_l{layer}"][hidden_size : 2 * hidden_size] = 0
         parts = {"embedding": self.embedding, "rnn": self.rnn, "head": self.head}
         self._parts: dict[str, Any] = {name: part for name, part in parts.items() if part}
-        self.params = {
-            f"{name}.{key}": value
-            for name, part in self._parts.items()
-            for key, value in part.params.items()
-        }
+        # The parts own their arrays; to change one, write into it.
+        self.params = MappingProxyType(
+            {
+                f"{name}.{key}": value
+                for name, part in self._parts.items()
+                for key, value in part.params.items()
+            }
+        )
 
     def config(self) -> dict[str, Any]:
         """The arguments that make this model again, for JSON."""

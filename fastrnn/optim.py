@@ -23,39 +23,48 @@ from fastrnn.checks import (
 )
 from fastrnn.jit import kernel
 from fastrnn.parallel import parts_for, run
+from fastrnn.simd import flush_denormals, restore_denormals
 
 Arrays = dict[str, np.ndarray]
 
 
 @kernel
 def _sgd(part, parts, p, g, v, lr, momentum, decay, fresh):
+    mode = flush_denormals()
     for i in range(p.size * part // parts, p.size * (part + 1) // parts):
         d = g[i] + decay * p[i]
         v[i] = d if fresh else momentum * v[i] + d
         p[i] -= lr * v[i]
+    restore_denormals(mode)
 
 
 @kernel
 def _rmsprop(part, parts, p, g, v, lr, alpha, rest, eps):
+    mode = flush_denormals()
     for i in range(p.size * part // parts, p.size * (part + 1) // parts):
         v[i] = alpha * v[i] + rest * g[i] * g[i]
         p[i] -= lr * g[i] / (math.sqrt(v[i]) + eps)
+    restore_denormals(mode)
 
 
 @kernel
 def _adagrad(part, parts, p, g, v, lr, eps):
+    mode = flush_denormals()
     for i in range(p.size * part // parts, p.size * (part + 1) // parts):
         v[i] += g[i] * g[i]
         p[i] -= lr * g[i] / (math.sqrt(v[i]) + eps)
+    restore_denormals(mode)
 
 
 @kernel
 def _adam(part, parts, p, g, m, v, step, beta1, rest1, beta2, rest2, root, eps, coupled, kept):
+    mode = flush_denormals()
     for i in range(p.size * part // parts, p.size * (part + 1) // parts):
         d = g[i] + coupled * p[i]
         m[i] = beta1 * m[i] + rest1 * d
         v[i] = beta2 * v[i] + rest2 * d * d
         p[i] = kept * p[i] - step * m[i] / (math.sqrt(v[i]) / root + eps)
+    restore_denormals(mode)
 
 
 class Optimizer:
@@ -64,10 +73,16 @@ class Optimizer:
     slots: tuple[str, ...] = ()
 
     def __init__(self, params: Arrays, lr: float) -> None:
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                f"params: expected a mapping of arrays, such as layer.params, "
+                f"got {type(params).__name__}"
+            )
         for key, value in params.items():
             name = f"params[{key!r}]"
             dtype = as_dtype(getattr(value, "dtype", type(value)), name)
             check_in_place(name, value, dtype, np.shape(value))
+        self._kinds = {key: (value.dtype, value.shape) for key, value in params.items()}
         self.params = params
         self.lr = as_number("lr", lr, 0, math.inf)
         self.steps = 0
@@ -79,7 +94,14 @@ class Optimizer:
 
     def step(self, grads: Mapping[str, np.ndarray]) -> None:
         """Change every parameter by its gradient."""
+        for key, kind in self._kinds.items():
+            check_in_place(f"params[{key!r}]", self.params.get(key), *kind)
+            for slot in self.slots:
+                name = f"{slot}.{key}"
+                check_in_place(f"state[{name!r}]", self.state.get(name), *kind)
         for key, p in self.params.items():
+            if key not in self._kinds:
+                raise ValueError(f"params: expected keys {sorted(self._kinds)}, got also {key!r}")
             if key not in grads:
                 raise ValueError(
                     f"grads: expected keys {sorted(self.params)}, got none for {key!r}"

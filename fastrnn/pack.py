@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.cells import Cell
 from fastrnn.gemm import COLS
 from fastrnn.jit import kernel
 from fastrnn.memory import empty
@@ -85,7 +84,7 @@ def pack(weight: np.ndarray, order: tuple[int, ...], gap: int) -> np.ndarray:
 
 
 def pack_bias(
-    cell: Cell, size: int, dtype: Any, b_x: np.ndarray | None, b_h: np.ndarray | None
+    cell: Any, size: int, dtype: Any, b_x: np.ndarray | None, b_h: np.ndarray | None
 ) -> np.ndarray:
     """Both biases where the cell wants them in its sums, in runs of whole registers."""
     packed = np.zeros((cell.tape, padded(size, dtype)), dtype)

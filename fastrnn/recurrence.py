@@ -29,6 +29,7 @@ from fastrnn.jit import helper, kernel
 from fastrnn.simd import (
     at,
     flush_denormals,
+    keep_alive,
     load,
     load_n,
     restore_denormals,
@@ -214,11 +215,13 @@ def _weight_gradient_overload(part, parts, x, tape, run, size, order, d_w, d_b):
         steps, batch, inputs = x.shape
         blocks = run // width_of(tape) * order.size
         first, end = blocks * part // parts, blocks * (part + 1) // parts
+        panel, strip = panel_scratch(x, inputs), strip_scratch(x)
         accumulate(
             steps, batch, at(tape, 0), tape.shape[2], run, size, at(order, 0), first, end,
-            at(x, 0), inputs, inputs, at(d_w, 0), at(d_b, 0),
-            at(panel_scratch(x, inputs), 0), at(strip_scratch(x), 0),
+            at(x, 0), inputs, inputs, at(d_w, 0), at(d_b, 0), at(panel, 0), at(strip, 0),
         )  # fmt: skip
+        keep_alive(panel)
+        keep_alive(strip)
 
     def tokens(part, parts, x, tape, run, size, order, d_w, d_b):
         w = width_of(tape)
@@ -246,10 +249,12 @@ def gradients(
     _weight_gradient(part, parts, x, tape, run, size, order_x, d_w_x, d_b_x)
     blocks = run // w * order_h.size
     first, end = blocks * part // parts, blocks * (part + 1) // parts
+    panel, strip = panel_scratch(h, size), strip_scratch(h)
     accumulate(
         steps, batch, at(tape, tail * run), tape.shape[2], run, size, at(order_h, 0), first, end,
-        at(h, 0), size, size, at(d_w_h, 0), at(d_b_h, 0),
-        at(panel_scratch(h, size), 0), at(strip_scratch(h), 0),
+        at(h, 0), size, size, at(d_w_h, 0), at(d_b_h, 0), at(panel, 0), at(strip, 0),
     )  # fmt: skip
+    keep_alive(panel)
+    keep_alive(strip)
     _input_gradient(part, parts, x, tape, order_x.size * run, w_x, zeros, d_x)
     restore_denormals(mode)

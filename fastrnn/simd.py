@@ -258,6 +258,19 @@ def at(typingctx, array, offset):
 
 
 @intrinsic
+def keep_alive(typingctx, array):
+    """Use `array`, so that the memory behind a pointer to it lasts until here.
+
+    Numba frees an array after its last use, and does not see that `at` has let a pointer out.
+    """
+
+    def codegen(context, builder, sig, args):
+        return context.get_dummy_value()
+
+    return types.void(array), codegen
+
+
+@intrinsic
 def load(typingctx, array, offset):
     """A register from `array[offset:]`."""
     vec = Vec(array.dtype)
@@ -452,8 +465,3 @@ def _mxcsr(builder: ir.IRBuilder, name: str, slot: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [pointer])
     function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.sse.{name}")
     builder.call(function, [builder.bitcast(slot, pointer)])
-
-
-def cpu_name() -> str:
-    """The CPU that kernels are compiled for."""
-    return config.CPU_NAME or machine().cpu

@@ -19,10 +19,12 @@ from fastrnn import checkpoint
 from fastrnn.checks import as_choice, as_number, as_size, as_tokens, load_params
 from fastrnn.clip import clip_grad_norm_
 from fastrnn.layers import State
-from fastrnn.models import SEEDS, LanguageModel, model_from_config
+from fastrnn.models import LanguageModel, model_from_config
 from fastrnn.optim import OPTIMIZERS, SCHEDULES
 
 FORMAT = "fastrnn language model"
+_SAVE_SECONDS = 60
+_VALIDATION = 1 << 18
 
 
 class Diverged(ArithmeticError):
@@ -170,6 +172,8 @@ class Trainer:
         self.state: State = model.zero_state(batch)
         self._grads = {key: np.zeros_like(value) for key, value in model.params.items()}
         self._losses: list[float] = []
+        self._saved: float | None = None
+        self._last_is_best = False
 
     @property
     def total(self) -> int | None:
@@ -180,6 +184,13 @@ class Trainer:
         if self.settings.epochs is not None:
             limits.append(max(1, round(self.settings.epochs * self.streams.windows)))
         return min(limits, default=None)
+
+    @property
+    def kept_params(self) -> Mapping[str, np.ndarray]:
+        """The best weights: of the looks that are due, or at the end of the run."""
+        # Before the first look, and without validation, the latest are the best that there is.
+        latest = self._last_is_best or math.isnan(self.best_val_loss)
+        return self.model.params if latest else self.best_params
 
     @property
     def tokens(self) -> int:
@@ -209,7 +220,7 @@ class Trainer:
                 if due or self._finished():
                     self._look(due)
                     self.seconds = before + time.perf_counter() - began
-                elif stopping:
+                elif stopping or time.perf_counter() - (self._saved or began) > _SAVE_SECONDS:
                     self._check_weights()
                     self._write()
                 if stopping:
@@ -230,12 +241,12 @@ class Trainer:
         x, targets = self.streams[k]
         for g in self._grads.values():
             g.fill(0)
-        seed = (settings.seed << 44) + self.step * SEEDS
+        seed = _mask_seed(settings.seed, self.step)
         loss, grads, state = self.model.loss_and_grads(
             x, targets, state, seed=seed, grads=self._grads
         )
         limit = settings.clip_norm or math.inf
-        norm = clip_grad_norm_(grads, min(limit, 1e300))
+        norm = clip_grad_norm_(grads, limit)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged(
                 self.step + 1,
@@ -245,11 +256,13 @@ class Trainer:
         self.optimizer.step(grads)
         self.state, self.loss, self.grad_norm = state, loss, norm
         self.step += 1
+        self._last_is_best = False
         self._losses.append(loss)
 
     def _diverged(self, step: int, what: str) -> Diverged:
         lr, limit = self.settings.lr, self.settings.clip_norm
-        advice = f"try a smaller lr (now {lr:g}) or clip_norm (now {limit:g})"
+        advice = f"try a smaller lr (now {lr:g}) or "
+        advice += f"clip_norm (now {limit:g})" if limit else "clip_norm 5 (now none)"
         return Diverged(f"step {step}: expected {what}; {advice}")
 
     def _check_weights(self) -> None:
@@ -276,7 +289,9 @@ class Trainer:
             self._losses = []
             if len(self._held_back):
                 self.schedule.observe(self.val_loss)
-        if not len(self._held_back) or not self.val_loss >= self.best_val_loss:
+        better = not len(self._held_back) or not self.val_loss >= self.best_val_loss
+        self._last_is_best = better and not due
+        if better and due:
             self.best_val_loss = self.val_loss
             self.best_params = self.model.state_dict()
         self._tell("on_validation")
@@ -285,10 +300,14 @@ class Trainer:
     def _write(self) -> None:
         if self._save is not None:
             self._save(self)
+        self._saved = time.perf_counter()
 
     def validate(self) -> float:
-        """Mean loss in nats over the text that was held back, read as up to 32 streams."""
-        ids = self._held_back
+        """Mean loss in nats over the text that was held back, read as up to 32 streams.
+
+        Of a long text the first quarter of a million tokens: a look must stay cheap.
+        """
+        ids = self._held_back[:_VALIDATION]
         batch = max(1, min(32, (len(ids) - 1) // self.settings.tbptt_steps))
         length = (len(ids) - 1) // batch
         x = ids[: batch * length].reshape(batch, length).T
@@ -305,9 +324,9 @@ class Trainer:
     def checkpoint(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Arrays and a description: all that `restore` needs, the best weights under "model."."""
         state = self.state if isinstance(self.state, tuple) else (self.state,)
-        # Before the first validation the best that there is are the latest.
-        best = self.model.params if math.isnan(self.best_val_loss) else self.best_params
-        tensors = {f"model.{key}": value for key, value in best.items()}
+        tensors = {f"model.{key}": value for key, value in self.kept_params.items()}
+        if self._last_is_best and not math.isnan(self.best_val_loss):
+            tensors |= {f"best.{key}": value for key, value in self.best_params.items()}
         tensors |= {f"params.{key}": value for key, value in self.model.params.items()}
         tensors |= {f"optimizer.{key}": value for key, value in self.optimizer.state.items()}
         tensors |= {f"state.{i}": np.ascontiguousarray(value) for i, value in enumerate(state)}
@@ -324,7 +343,11 @@ class Trainer:
     def restore(self, tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> None:
         """Continue from a checkpoint of a run with the same model and text."""
         load_params(self.model.params, _under(tensors, "params."), "checkpoint params")
-        load_params(self.best_params, _under(tensors, "model."), "checkpoint model")
+        best = _under(tensors, "best.")
+        self._last_is_best = bool(best)
+        best = best or _under(tensors, "model.")
+        load_params(self.best_params, best, "checkpoint model")
+        self._saved = time.perf_counter()
         try:
             step = as_size("step", description["step"], 0)
             self.optimizer.load_state(_under(tensors, "optimizer."), step)
@@ -343,6 +366,11 @@ class Trainer:
                 setattr(self.schedule, key, type(value)(description["schedule"][key]))
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"checkpoint: expected a training run, got {error!r}") from None
+
+
+def _mask_seed(seed: int, step: int) -> int:
+    """A seed of its own for the dropout of every step of every run."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
 
 
 def _under(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -196,6 +196,10 @@ def test_dropout_masks(dtype, shape, rng):
     inplace = x.copy()
     dropout(inplace, 0.4, 5, inplace)
     same(inplace, want[0])
+    # A sequence has its mask whatever batch it stands in.
+    batch = np.concatenate([x, -x, x], axis=1)
+    dropout(batch, 0.4, 5, batch)
+    same(batch[:, :1], want[0])
     if x.size > 50:
         assert (drop(6)[0] != want[0]).any()
 

@@ -41,8 +41,8 @@ def numbers(name, dtype="float32"):
     if name == "linear":
         y = fastrnn.Linear(4, 5, seed=1, dtype=dtype)(x)
     elif name == "dropout":
-        y = np.empty_like(x)
-        dropout(x, 0.5, 1, y)
+        y = np.empty_like(x[None])
+        dropout(x[None], 0.5, 1, y)
     elif name == "softmax":
         y = softmax_cross_entropy(x, np.arange(3))[1]
     else:
@@ -462,13 +462,19 @@ def test_a_cache_directory_that_is_gone(shared, tmp_path, monkeypatch):
     monkeypatch.setattr(shared, "cache", tmp_path / "cache")
     before = """
 import os, shutil
-folder = os.environ["NUMBA_CACHE_DIR"]
-shutil.rmtree(folder)
-open(folder, "w").close()
+folder, save = os.environ["NUMBA_CACHE_DIR"], jit._KernelCache.save_overload
+
+def save_overload(*arguments):
+    shutil.rmtree(folder)
+    open(folder, "w").close()
+    save(*arguments)
+
+jit._KernelCache.save_overload = save_overload
 """
     result = shared.run("dropout", before=before)
     assert result["numbers"]["dropout"] == shared.expected["dropout"]
     assert result["loaded"] == 0
+    assert shared.cache.is_file()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits there")

@@ -163,7 +163,8 @@ def bad_inputs():
     yield zeros(T, B, n_in, dtype=">f4"), TypeError, ("x:", "float32", ">f4")
     yield zeros(T, B, n_in, dtype=bool), TypeError, ("x:", "float32", "bool")
     yield zeros(T, B, n_in, dtype=complex), TypeError, ("x:", "numbers", "complex128")
-    yield zeros(T, B, n_in, dtype=int), ValueError, ("x:", "(T, B)", "(4, 3, 5)")
+    yield zeros(T, B, n_in, dtype=int), TypeError, ("x:", "float32", "int64", "astype")
+    yield zeros(T, B, 1, 1, dtype=int), ValueError, ("x:", "(T, B)", "(4, 3, 1, 1)")
     yield zeros(0, B, dtype=int), ValueError, ("x:", "(0, 3)", "no axis may be empty")
     yield np.full((T, B), n_in), ValueError, ("x:", "[0, 5)", "5")
     yield np.full((T, B), -1), ValueError, ("x:", "[0, 5)", "-1")
@@ -463,12 +464,27 @@ def test_bytes_of_saved(cell, dtype, num_layers):
 
 
 @each_cell
+def test_tokens_that_change_before_backward(cell):
+    """Backward writes where the tokens say: they are those that forward has checked."""
+    problem = make_problem(cell, T, B, n_in, H, tokens=True)
+    want = computed(problem)
+    x = problem.x.astype(np.int32)
+    _, _, saved = problem.rnn.forward(x, as_state(problem.state))
+    x[...] = 1 << 30
+    _, _, grads = problem.rnn.backward(saved, problem.d_output, as_state(problem.d_state))
+    same_results(grads, {key: want[key] for key in grads})
+
+
+@each_cell
 def test_results_are_the_callers(cell):
     """What was returned does not change when the layer works again, nor by changing it."""
     problem = make_problem(cell, 5, 70, n_in, 70, dtype=F4)
     runs = [computed(problem) for _ in range(3)]
     same_results(runs[0], runs[1])
     output, state = problem.rnn(problem.x)
+    training, _, _ = problem.rnn.forward(problem.x)
+    with pytest.raises(ValueError, match="read-only"):
+        training += 1  # backward reads it
     for part in as_parts(state):
         part += 1
     output += 1
@@ -658,6 +674,18 @@ def test_softmax_cross_entropy_against_the_reference(dtype, scale, shape, rng):
     assert each.dtype == F8
     agree(each.astype(dtype), losses.reshape(targets.shape), dtype, shape[-1], "each", scale=1)
     same(loss.softmax_cross_entropy(np.asfortranarray(logits), targets)[1], d_logits)
+
+
+@each_dtype
+def test_inplace_spares_what_is_read_only(dtype, rng):
+    logits, targets = rng.standard_normal((3, 19)).astype(dtype), [0, 5, 18]
+    want, d_want = loss.softmax_cross_entropy(logits, targets)
+    fixed = frozen(logits.copy())
+    for array in (fixed, fixed[:, ::-1][:, ::-1]):
+        got, d_logits = loss.softmax_cross_entropy(array, targets, inplace=True)
+        assert got == want
+        same(d_logits, d_want)
+        same(fixed, logits)
 
 
 @each_dtype
@@ -975,6 +1003,13 @@ def test_norm_that_is_not_finite(bad, norm_type):
 def test_norm_of_large_numbers_does_not_overflow():
     g = np.full(4, 1e30, F4)
     assert math.isclose(grad_norm({"a": g}), 2e30, rel_tol=1e-6)
+    assert math.isclose(grad_norm({"a": np.full(4, 1e300)}), 2e300, rel_tol=1e-12)
+
+
+def test_no_limit_only_measures():
+    grads = {"a": np.array([3.0, 4.0])}
+    assert clip_grad_norm_(grads, np.inf) == 5
+    assert grads["a"].tolist() == [3, 4]
 
 
 def test_norm_of_nothing():
@@ -989,6 +1024,8 @@ def bad_clips():
     yield lambda: clip_grad_norm_(good, np.nan), ValueError, ("max_norm:", "[0, inf)", "nan")
     yield lambda: clip_grad_norm_(good, 1, 3), ValueError, ("norm_type:", "2 or inf", "3")
     yield lambda: clip_grad_norm_(fixed, 1), ValueError, ("grads['a']:", "writable", "read-only")
+    yield lambda: clip_grad_norm_([zeros(3)], 1), TypeError, ("grads:", "mapping", "list")
+    yield lambda: clip_grad_value_([zeros(3)], 1), TypeError, ("grads:", "mapping", "list")
     yield lambda: clip_grad_value_(good, "x"), TypeError, ("clip_value:", "a number", "'x'")
     yield lambda: clip_grad_value_(fixed, 1), ValueError, ("grads['a']:", "writable", "read-only")
 

@@ -1008,7 +1008,6 @@ for settings in ({"all": "raise"}, {"all": "ignore"}, {"over": "warn", "under": 
     assert run(body) == [plain["gru"], plain["lstm"]] * 6
 
 
-@pytest.mark.xfail(reason="products outside the recurrence run in the mode of their thread")
 @pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="glibc on x86-64 only"
 )

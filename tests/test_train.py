@@ -199,7 +199,7 @@ def reference_run(model, tokens, settings):
             train[rows],
             train[rows + 1],
             as_state(state) if k else None,
-            (settings.seed << 44) + 256 * step,
+            fastrnn.train._mask_seed(settings.seed, step),
         )
         norm = math.sqrt(sum(float((g**2).sum()) for g in grads.values()))
         factor = 1.0
@@ -274,7 +274,7 @@ def broken_run(stops, settings, sizes, tokens=NOISE):
 @each_schedule
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(optimizer, schedule):
     sizes = {"num_layers": 2, "dropout": 0.2}
-    settings = new_settings(optimizer=optimizer, schedule=schedule, val_every=2, lr=0.2, seed=1)
+    settings = new_settings(optimizer=optimizer, schedule=schedule, val_every=2, lr=0.5, seed=7)
     whole, told = broken_run([], settings, sizes)
     if schedule == "plateau":
         assert whole[1]["schedule"]["scale"] < 1, "the rate never fell: this tests nothing"
@@ -286,7 +286,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(optimizer, schedule):
 
 @pytest.mark.parametrize("stop", range(1, 14))
 def test_a_run_may_be_stopped_after_any_step(stop):
-    settings = new_settings(schedule="plateau", val_every=3, lr=0.2)
+    settings = new_settings(schedule="plateau", val_every=3, lr=1.0)
     sizes = {"cell": "gru", "dropout": 0.2, "embedding_size": 3}
     whole, told = broken_run([], settings, sizes)
     assert whole[1]["schedule"]["scale"] < 1, "the rate never fell: this tests nothing"
@@ -318,13 +318,8 @@ def test_a_finished_run_may_go_on_and_has_the_bits_of_a_longer_one(val_fraction)
     trainer.fit()
     saved = snapshot(trainer)
     if val_fraction:
-        # The shorter run also looked at its end, and may have found its best weights there.
+        # The shorter run also looked at its end; the longer one must not know.
         assert set(record.looks) - set(told.looks) == {8}
-        assert trainer.best_val_loss == min(record.looks.values())
-        for tensors, description in (saved, whole):
-            del description["best_val_loss"]
-            for key in trainer.best_params:
-                del tensors[f"model.{key}"]
     check_same_run(saved, whole)
     assert record.losses == told.losses
 
@@ -534,7 +529,7 @@ def test_without_validation_the_last_model_is_kept():
     trainer.fit()
     assert math.isnan(trainer.val_loss)
     assert math.isnan(trainer.best_val_loss)
-    same_results(trainer.best_params, trainer.model.params)
+    same_results(trainer.kept_params, trainer.model.params)
 
 
 def test_a_run_does_not_change_its_corpus_and_takes_any_integers():
