@@ -1,4 +1,4 @@
-"""The maths: one file a cell, and the registry that layers, tests and bench iterate over."""
+"""The maths: one file a cell, and the registry that layers and tests iterate over."""
 
 from __future__ import annotations
 
