@@ -1,7 +1,7 @@
-"""The adding problem of Hochreiter and Schmidhuber (1997): a long memory, features in, a number out.
+"""The adding problem of Hochreiter and Schmidhuber (1997): long memory, features in, number out.
 
-Each step brings a random number and a mark; the target is the sum of the two marked numbers. Always
-answering 1 has a mean squared error of 0.167.
+Each step brings a random number and a mark; the target is the sum of the two marked numbers.
+Always answering 1 has a mean squared error of 0.167.
 
 python examples/adding_problem.py [--steps N] [--length T]
 """
