@@ -11,149 +11,25 @@ A *panel* is a block of `COLS` registers of columns (fewer in the last one), sto
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 
-from fastrnn.jit import helper, intrinsic, kernel, linked
+from fastrnn.jit import helper, kernel, linked
 from fastrnn.simd import (
-    Vec,
     at,
-    first_lanes,
     flush_denormals,
     keep_alive,
     load_n,
-    machine,
-    multiply_add,
-    read,
-    read_masked,
     restore_denormals,
-    splat,
     store,
     store_n,
     width_of,
-    write,
-    write_masked,
 )
+from fastrnn.tile import COLS, ROWS, STRIP, tile, tile_of_strip
 
-# Accumulators fill three quarters of the registers: 6 x 4 of 32, 6 x 2 of 16.
-ROWS = 6
-COLS = 4 if machine().registers == 32 else 2
 # Columns of k worked on at a time, so that a block of a panel stays in the first-level cache.
 DEPTH = 128
 # Rows of A that pass over one panel block before the next.
 HEIGHT = 96
-
-
-@intrinsic
-def _tile(typingctx, rows, cols, last, depth, a, a_row, a_k, p, init, init_row, c, c_row):
-    """C[rows, cols registers] = init + sum over k of A[row, k] * P[k, column], on pointers.
-
-    `last` lanes of the last register of columns exist in init and C. Distances between rows and
-    between k are in elements.
-    """
-    vec = Vec(c.dtype)
-    i = types.intp
-
-    def codegen(context, builder, sig, args):
-        rows, cols, last, depth, a_base, a_row, a_k, p_base, i_base, init_row, c_base, c_row = args
-        intp = rows.type
-        mask = first_lanes(builder, vec, last)
-        done = builder.append_basic_block("tile.done")
-        shape = builder.add(builder.mul(rows, ir.Constant(intp, COLS + 1)), cols)
-        choice = builder.switch(shape, done)
-
-        def element(base, row, distance, offset):
-            at = builder.add(builder.mul(distance, ir.Constant(intp, row)), offset)
-            return builder.gep(base, [at])
-
-        def tile(height, width):
-            """The loop over k with height x width registers of sums."""
-            entry = builder.block
-            starts = []
-            for row in range(height):
-                for col in range(width):
-                    pointer = element(i_base, row, init_row, ir.Constant(intp, col * vec.lanes))
-                    part = col == width - 1
-                    value = (
-                        read_masked(builder, vec, pointer, mask)
-                        if part
-                        else read(builder, vec, pointer)
-                    )
-                    starts.append(value)
-            loop = builder.append_basic_block("tile.loop")
-            end = builder.append_basic_block("tile.end")
-            builder.cbranch(builder.icmp_signed(">", depth, ir.Constant(intp, 0)), loop, end)
-            entry = builder.block
-            builder.position_at_end(loop)
-            k = builder.phi(intp)
-            a_off = builder.phi(intp)
-            p_off = builder.phi(intp)
-            sums = [builder.phi(vec.llvm) for _ in starts]
-            panel = [
-                read(
-                    builder,
-                    vec,
-                    builder.gep(p_base, [builder.add(p_off, ir.Constant(intp, col * vec.lanes))]),
-                )
-                for col in range(width)
-            ]
-            news = []
-            for row in range(height):
-                x = splat(builder, vec, builder.load(element(a_base, row, a_row, a_off)))
-                for col in range(width):
-                    news.append(multiply_add(builder, vec, x, panel[col], sums[row * width + col]))
-            k_next = builder.add(k, ir.Constant(intp, 1))
-            for phi, start, step in (
-                (k, ir.Constant(intp, 0), k_next),
-                (a_off, ir.Constant(intp, 0), builder.add(a_off, a_k)),
-                (
-                    p_off,
-                    ir.Constant(intp, 0),
-                    builder.add(p_off, ir.Constant(intp, width * vec.lanes)),
-                ),
-                *zip(sums, starts, news, strict=True),
-            ):
-                phi.add_incoming(start, entry)
-                phi.add_incoming(step, loop)
-            builder.cbranch(builder.icmp_signed("<", k_next, depth), loop, end)
-            builder.position_at_end(end)
-            results = []
-            for start, new in zip(starts, news, strict=True):
-                result = builder.phi(vec.llvm)
-                result.add_incoming(start, entry)
-                result.add_incoming(new, loop)
-                results.append(result)
-            for row in range(height):
-                for col in range(width):
-                    pointer = element(c_base, row, c_row, ir.Constant(intp, col * vec.lanes))
-                    value = results[row * width + col]
-                    if col == width - 1:
-                        write_masked(builder, vec, value, pointer, mask)
-                    else:
-                        write(builder, vec, value, pointer)
-            builder.branch(done)
-
-        for height in range(1, ROWS + 1):
-            for width in range(1, COLS + 1):
-                block = builder.append_basic_block(f"tile.{height}x{width}")
-                choice.add_case(ir.Constant(intp, height * (COLS + 1) + width), block)
-                builder.position_at_end(block)
-                tile(height, width)
-        builder.position_at_end(done)
-        return context.get_dummy_value()
-
-    return types.void(i, i, i, i, a, i, i, p, init, i, c, i), codegen
-
-
-def _tile_signature(dtype):
-    i, p = types.intp, types.CPointer(dtype)
-    return types.void(i, i, i, i, p, i, i, p, p, i, p, i)
-
-
-@linked(_tile_signature)
-def tile(rows, cols, last, depth, a, a_row, a_k, p, init, init_row, c, c_row):
-    """`_tile` as a function: it holds most of the machine code of every kernel."""
-    _tile(rows, cols, last, depth, a, a_row, a_k, p, init, init_row, c, c_row)
 
 
 @helper
@@ -174,7 +50,7 @@ def panel_scratch(like, m):
 @helper
 def strip_scratch(like):
     """Memory for the strip of `accumulate`."""
-    return scratch(like, DEPTH * 3 * width_of(like))
+    return scratch(like, DEPTH * STRIP * width_of(like))
 
 
 @helper
@@ -218,7 +94,7 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
                         if deep == 0:
                             start, start_row = at(init, row * init_row + left), init_row
                         tile(
-                            rows, cols, last, depth, first, a_row, 1,
+                            rows, cols, last, depth, first, a_row,
                             panel, start, start_row, into, c_row,
                         )  # fmt: skip
 
@@ -260,14 +136,14 @@ def accumulate(
             g = block // blocks
             u = (block - g * blocks) * w
             into = order[g] * size + u
-            take = min(3, end - block, blocks - block % blocks)
+            take = min(STRIP, end - block, blocks - block % blocks)
             for i in range(0, take * w, w):
                 total_d = load_n(sums, into + i, size - u - i)
                 row, b = row_0, b_0
                 for j in range(depth):
                     value = load_n(d, row * d_row + g * run + u + i, size - u - i)
                     total_d = total_d + value
-                    store(strip, j * take * w + i, value)
+                    store(strip, j * STRIP * w + i, value)
                     row, b = _next_row(row, b, batch)
                 store_n(sums, into + i, total_d, size - u - i)
             height = min(take * w, size - u)
@@ -280,8 +156,8 @@ def accumulate(
                     top = height * q // tiles
                     rows = height * (q + 1) // tiles - top
                     c = at(out, (into + top) * m + left)
-                    tile(
-                        rows, cols, last, depth, at(strip, top), 1, take * w,
+                    tile_of_strip(
+                        rows, cols, last, depth, at(strip, top),
                         at(panel, left * depth), c, m, c, m,
                     )  # fmt: skip
             block += take

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from fastrnn.checks import (
 )
 from fastrnn.dropout import dropout
 from fastrnn.memory import empty, zeros
-from fastrnn.pack import pack, pack_bias, pack_transposed
+from fastrnn.pack import indices, pack, pack_bias, pack_transposed
 from fastrnn.parallel import parts_for, run
 from fastrnn.simd import lanes, padded
 
@@ -43,11 +44,21 @@ _CHUNK_BYTES = 1 << 18
 def new_grads(params: Mapping[str, np.ndarray], grads: Params | None) -> Params:
     """`grads`, checked against `params`, or zeros."""
     if grads is None:
-        return {key: zeros(value.shape, value.dtype) for key, value in params.items()}
+        return _zeros_like(params)
     if not isinstance(grads, Mapping):
         raise TypeError(f"grads: expected a mapping of arrays, got {type(grads).__name__}")
     for key, value in params.items():
         check_in_place(f"grads[{key!r}]", grads.get(key), value.dtype, value.shape)
+    return grads
+
+
+def _zeros_like(params: Mapping[str, np.ndarray]) -> Params:
+    """Zeros, in one piece of memory."""
+    ends = list(accumulate(-(-value.size // 16) * 16 for value in params.values()))
+    memory = zeros(ends[-1], next(iter(params.values())).dtype)
+    grads = {}
+    for (key, value), start in zip(params.items(), (0, *ends), strict=False):
+        grads[key] = memory[start : start + value.size].reshape(value.shape)
     return grads
 
 
@@ -234,10 +245,10 @@ class _Recurrent(Module):
             saved.append(done)
             x = done.h[1:]
         run_length = padded(self.hidden_size, self.dtype)
-        last = [np.stack([s.h[steps] for s in saved])]
+        last = [np.array([s.h[steps] for s in saved])]
         for i in range(self.cell.carries):
             at = slice(i * run_length, i * run_length + self.hidden_size)
-            last.append(np.stack([s.carry[-1, :, at] for s in saved]))
+            last.append(np.array([s.carry[-1, :, at] for s in saved]))
         tokens = saved[0].x.dtype == np.int32
         result = Saved(self._kind(), saved, tokens, unbatched) if keep else None
         output = self._outward(x, unbatched)
@@ -387,8 +398,8 @@ class _Recurrent(Module):
             s.x,
             s.h,
             s.tape,
-            np.array(cell.order_x),
-            np.array(cell.order_h),
+            indices(cell.order_x),
+            indices(cell.order_h),
             packed,
             np.zeros(inputs, dtype),
             d_x,

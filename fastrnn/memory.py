@@ -20,28 +20,23 @@ _SMALLEST = 1 << 14
 _KEPT = 1 << 28
 
 _lock = threading.Lock()
-_idle: dict[int, list[np.ndarray]] = {}
+_idle: dict[int, list[tuple[_Memory, int]]] = {}
 _idle_bytes = 0
 
 
-class _Block:
-    """Memory of one array; NumPy's views refer to it, and the last of them gives it back."""
+class _Memory(np.ndarray):
+    """Bytes. NumPy would let a view of a view of a plain array refer to that array at once."""
 
-    __slots__ = ("__array_interface__", "_raw")
 
-    def __init__(self, raw: np.ndarray, count: int, dtype: np.dtype) -> None:
-        self._raw = raw
-        address = raw.ctypes.data
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": (count,),
-            "typestr": dtype.str,
-            "data": (address + -address % ALIGNMENT, False),
-        }
+class _Block(np.ndarray):
+    """A view of memory that one array refers to, and whose end gives the memory back."""
+
+    raw: _Memory
+    start: int
 
     def __del__(self) -> None:
         global _idle_bytes
-        raw = self._raw
+        raw = self.raw
         # Never wait: the collector may run this inside the lock. None: the interpreter is ending.
         if _lock is not None and raw.nbytes <= _KEPT and _lock.acquire(blocking=False):
             try:
@@ -49,36 +44,44 @@ class _Block:
                 while _idle_bytes + raw.nbytes > _KEPT:
                     oldest = next(iter(_idle))
                     _idle_bytes -= oldest * len(_idle.pop(oldest))
-                _idle.setdefault(raw.nbytes, []).append(raw)
+                _idle.setdefault(raw.nbytes, []).append((raw, self.start))
                 _idle_bytes += raw.nbytes
             finally:
                 _lock.release()
+
+
+def _start(raw: np.ndarray) -> int:
+    """Where in `raw` the first register boundary is."""
+    return -raw.__array_interface__["data"][0] % ALIGNMENT
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     """An uninitialised C-contiguous array that starts on a register boundary."""
     global _idle_bytes
     dtype = np.dtype(dtype)
-    shape = (shape,) if isinstance(shape, int) else shape
-    count = math.prod(shape)
+    count = shape if isinstance(shape, int) else math.prod(shape)
     size = count * dtype.itemsize + ALIGNMENT
-    raw = None
+    if size < _SMALLEST:
+        raw = np.empty(size, np.uint8)
+        return np.ndarray(shape, dtype, raw, _start(raw))
+    found = None
     # Never wait here either: a signal handler may have interrupted the holder of the lock.
-    if size >= _SMALLEST and _lock.acquire(blocking=False):
+    if _lock.acquire(blocking=False):
         try:
             if idle := _idle.pop(size, None):
-                raw = idle.pop()
+                found = idle.pop()
                 _idle_bytes -= size
                 if idle:
                     _idle[size] = idle
         finally:
             _lock.release()
-    if raw is None:
-        raw = np.empty(size, np.uint8)
-    if size >= _SMALLEST:
-        return np.asarray(_Block(raw, count, dtype)).reshape(shape)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+    if found is None:
+        raw = _Memory(size, np.uint8)
+        found = raw, _start(raw)
+    raw, start = found
+    block = raw.view(_Block)
+    block.raw, block.start = found
+    return np.ndarray(shape, dtype, block, start)
 
 
 def zeros(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:

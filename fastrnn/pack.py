@@ -5,6 +5,7 @@ Packing is done at every call, since the arrays of `params` belong to the user a
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -61,16 +62,23 @@ def _pack(part, parts, weight, order, size, run, p):
                 store(p, at, load_n(weight, row * n + col, n - col if u < size else 0))
 
 
+@functools.cache
+def indices(order: tuple[int, ...]) -> np.ndarray:
+    """An order of gates as kernels take it."""
+    return np.array(order)
+
+
 def pack_transposed(
     weight: np.ndarray, order: tuple[int, ...], *, rows: bool = False
 ) -> np.ndarray:
     """Panels of weight.T with padded gates; `rows` instead lays out one row for each column."""
     size = len(weight) // len(order)
-    registers = len(order) * padded(size, weight.dtype) // lanes(weight.dtype)
-    packed = empty(weight.shape[1] * registers * lanes(weight.dtype), weight.dtype)
+    w = lanes(weight.dtype)
+    registers = len(order) * -(-size // w)
+    packed = empty(weight.shape[1] * registers * w, weight.dtype)
     cols = registers if rows else COLS
     parts = parts_for(packed.size * 8, registers)
-    run(_pack_transposed, parts, weight, np.array(order), size, cols, packed)
+    run(_pack_transposed, parts, weight, indices(order), size, cols, packed)
     return packed
 
 
@@ -79,7 +87,7 @@ def pack(weight: np.ndarray, order: tuple[int, ...], gap: int) -> np.ndarray:
     depth = len(order) * gap
     packed = empty(depth * padded(weight.shape[1], weight.dtype), weight.dtype)
     parts = parts_for(packed.size * 8, depth)
-    run(_pack, parts, weight, np.array(order), len(weight) // len(order), gap, packed)
+    run(_pack, parts, weight, indices(order), len(weight) // len(order), gap, packed)
     return packed
 
 
@@ -88,9 +96,9 @@ def pack_bias(
 ) -> np.ndarray:
     """Both biases where the cell wants them in its sums, in runs of whole registers."""
     packed = np.zeros((cell.tape, padded(size, dtype)), dtype)
-    parts = ((b_x, cell.order_x, 0), (b_h, cell.order_h, cell.tail))
-    for bias, order, start in parts:
+    for bias, order, start in ((b_x, cell.order_x, 0), (b_h, cell.order_h, cell.tail)):
         if bias is not None:
-            gates = bias.reshape(cell.gates, size)[list(order)]
-            packed[start : start + cell.gates, :size] += gates
+            packed[start : start + cell.gates, :size] += bias.reshape(-1, size).take(
+                indices(order), axis=0
+            )
     return packed.reshape(-1)

@@ -67,6 +67,7 @@ def machine() -> Machine:
     return Machine(cpu, width, 32 if width == 64 else 16, "vfmadd" in code, True)
 
 
+@functools.cache
 def lanes(dtype: Any) -> int:
     """How many numbers of `dtype` a register holds."""
     return machine().width // np.dtype(dtype).itemsize

@@ -24,7 +24,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = (
     {"jit", "parallel", "memory", "checks", "text", "checkpoint"},
     {"simd"},
-    {"vmath", "gemm"},
+    {"vmath", "tile"},
+    {"gemm"},
     {"cells", "dropout", "loss", "optim", "clip"},
     {"pack"},
     {"recurrence"},

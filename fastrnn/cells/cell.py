@@ -19,6 +19,7 @@ before the first output, so that the processor has enough to do.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core.datamodel import models
-from numba.core.extending import overload, register_model, typeof_impl, unbox
+from numba.core.extending import overload, register_model, unbox
 from numba.core.pythonapi import NativeValue
 
 from fastrnn.jit import intrinsic
@@ -56,6 +57,10 @@ class Cell:
     output: Callable
     backward: Callable
 
+    @functools.cached_property
+    def _numba_type_(self) -> CellType:
+        return CellType(self)
+
 
 class CellType(types.Type):
     """A cell as a Numba type: kernels choose its functions when they are compiled."""
@@ -68,11 +73,6 @@ class CellType(types.Type):
 @register_model(CellType)
 class _CellModel(models.OpaqueModel):
     pass
-
-
-@typeof_impl.register(Cell)
-def _typeof_cell(value: Cell, context: Any) -> CellType:
-    return CellType(value)
 
 
 @unbox(CellType)

@@ -1,0 +1,161 @@
+"""The micro-kernel of every product: a block of C in registers, and one loop over k.
+
+Each element is one chain of multiply-adds in the order of k. The loop is written out `LINKS` links
+at a time with constant distances, so that little is left in it but loads and multiply-adds: where
+two programs share a core, it is the number of instructions that counts.
+"""
+
+from __future__ import annotations
+
+from numba import types
+
+from fastrnn.jit import intrinsic, linked
+from fastrnn.simd import (
+    Vec,
+    first_lanes,
+    machine,
+    multiply_add,
+    read,
+    read_masked,
+    splat,
+    write,
+    write_masked,
+)
+
+# Accumulators fill three quarters of the registers: 6 x 4 of 32, 6 x 2 of 16.
+ROWS = 6
+COLS = 4 if machine().registers == 32 else 2
+# Registers of rows in a strip.
+STRIP = 3
+LINKS = 4
+
+
+def _tile(of_strip):
+    """C[rows, cols registers] = init + sum over k of A[row, k] * P[k, column], on pointers.
+
+    A[row, k] is at a[row*a_row + k], of a strip at a[k*STRIP*lanes + row]. `last` lanes of the last
+    register of columns exist in init and C. Distances are in elements.
+    """
+
+    @intrinsic
+    def tile(typingctx, rows, cols, last, depth, a, a_row, p, init, init_row, c, c_row):
+        vec = Vec(c.dtype)
+        i = types.intp
+
+        def codegen(context, builder, sig, args):
+            rows, cols, last, depth, a, a_row, p, init, init_row, c, c_row = args
+            number = rows.type
+            mask = first_lanes(builder, vec, last)
+            along = STRIP * vec.lanes if of_strip else 1
+            done = builder.append_basic_block("tile.done")
+            shape = builder.add(builder.mul(rows, number(COLS + 1)), cols)
+            choice = builder.switch(shape, done)
+
+            def move(pointer, distance, times=1, plus=0):
+                offset = builder.add(builder.mul(distance, number(times)), number(plus))
+                return builder.gep(pointer, [offset])
+
+            def loop(count, links, width, lines, p, sums):
+                """`count` times `links` links of every chain; all pointers and sums move on."""
+                before = builder.block
+                body = builder.append_basic_block("tile.loop")
+                end = builder.append_basic_block("tile.end")
+                builder.cbranch(builder.icmp_signed(">", count, number(0)), body, end)
+                builder.position_at_end(body)
+                state = [number(0), p, *lines, *sums]
+                phis = [builder.phi(value.type) for value in state]
+                turn, p, *rest = phis
+                lines, sums = rest[: len(lines)], rest[len(lines) :]
+                for link in range(links):
+                    at = link * width * vec.lanes
+                    panel = [
+                        read(builder, vec, builder.gep(p, [number(at + col * vec.lanes)]))
+                        for col in range(width)
+                    ]
+                    for row in range(len(sums) // width):
+                        line, at = (lines[0], row) if of_strip else (lines[row], 0)
+                        element = builder.gep(line, [number(link * along + at)])
+                        x = splat(builder, vec, builder.load(element))
+                        for col in range(width):
+                            at = row * width + col
+                            sums[at] = multiply_add(builder, vec, x, panel[col], sums[at])
+                turn = builder.add(turn, number(1))
+                p = builder.gep(p, [number(links * width * vec.lanes)])
+                lines = [builder.gep(line, [number(links * along)]) for line in lines]
+                after = [turn, p, *lines, *sums]
+                for phi, first, next_one in zip(phis, state, after, strict=True):
+                    phi.add_incoming(first, before)
+                    phi.add_incoming(next_one, body)
+                builder.cbranch(builder.icmp_signed("<", turn, count), body, end)
+                builder.position_at_end(end)
+                merged = []
+                for first, last_one in zip(state[1:], after[1:], strict=True):
+                    phi = builder.phi(first.type)
+                    phi.add_incoming(first, before)
+                    phi.add_incoming(last_one, body)
+                    merged.append(phi)
+                return merged[1 : 1 + len(lines)], merged[0], merged[1 + len(lines) :]
+
+            def block(height, width):
+                sums = []
+                for row in range(height):
+                    for col in range(width):
+                        source = move(init, init_row, row, col * vec.lanes)
+                        if col < width - 1:
+                            sums.append(read(builder, vec, source))
+                        else:
+                            sums.append(read_masked(builder, vec, source, mask))
+                lines = [a] if of_strip else [move(a, a_row, row) for row in range(height)]
+                state = lines, p, sums
+                state = loop(builder.sdiv(depth, number(LINKS)), LINKS, width, *state)
+                state = loop(builder.srem(depth, number(LINKS)), 1, width, *state)
+                for at, value in enumerate(state[2]):
+                    row, col = divmod(at, width)
+                    target = move(c, c_row, row, col * vec.lanes)
+                    if col < width - 1:
+                        write(builder, vec, value, target)
+                    else:
+                        write_masked(builder, vec, value, target, mask)
+                builder.branch(done)
+
+            for height in range(1, ROWS + 1):
+                for width in range(1, COLS + 1):
+                    start = builder.append_basic_block(f"tile.{height}x{width}")
+                    choice.add_case(number(height * (COLS + 1) + width), start)
+                    builder.position_at_end(start)
+                    block(height, width)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        return types.void(i, i, i, i, a, i, p, init, i, c, i), codegen
+
+    return tile
+
+
+_of_rows = _tile(of_strip=False)
+_of_strip = _tile(of_strip=True)
+
+
+def _by_rows(dtype):
+    i, p = types.intp, types.CPointer(dtype)
+    return types.void(i, i, i, i, p, i, p, p, i, p, i)
+
+
+def _by_strip(dtype):
+    i, p = types.intp, types.CPointer(dtype)
+    return types.void(i, i, i, i, p, p, p, i, p, i)
+
+
+# Functions of their own, since they are most of the machine code of every kernel.
+
+
+@linked(_by_rows)
+def tile(rows, cols, last, depth, a, a_row, p, init, init_row, c, c_row):
+    """See `_tile`: A by rows."""
+    _of_rows(rows, cols, last, depth, a, a_row, p, init, init_row, c, c_row)
+
+
+@linked(_by_strip)
+def tile_of_strip(rows, cols, last, depth, a, p, init, init_row, c, c_row):
+    """See `_tile`: A is a strip."""
+    _of_strip(rows, cols, last, depth, a, 1, p, init, init_row, c, c_row)

@@ -1,0 +1,121 @@
+"""Memory is on a boundary, used again once nobody refers to it, and never before."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import threading
+
+import numpy as np
+import pytest
+from helpers import each_dtype
+
+from fastrnn import memory
+
+LARGE = 1 << 15
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    """Nothing idle at the start; the fixture that poisons memory must not hold any either."""
+    gc.collect()
+    monkeypatch.setattr(memory, "_idle", {})
+    monkeypatch.setattr(memory, "_idle_bytes", 0)
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [1, (3, 5), (64, 256), LARGE, (7, 1 << 13)])
+def test_on_a_boundary_and_writable(dtype, shape):
+    array = memory.empty(shape, dtype)
+    assert array.shape == ((shape,) if isinstance(shape, int) else shape)
+    assert array.dtype == dtype
+    assert type(array) is np.ndarray
+    assert array.flags.carray
+    assert address(array) % memory.ALIGNMENT == 0
+    array.fill(1)
+    assert array.sum() == array.size
+
+
+def test_used_again_when_the_array_is_gone():
+    first = memory.empty(LARGE, np.float32)
+    place = address(first)
+    del first
+    assert memory._idle_bytes > LARGE * 4
+    again = memory.empty(LARGE, np.float32)
+    assert address(again) == place
+    assert memory._idle_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda a: a,
+        lambda a: a[5:],
+        lambda a: a[5:].reshape(-1, 5)[::2].T,
+        lambda a: a.view(np.uint8)[3:],
+        lambda a: np.asarray(memoryview(a)),
+        lambda a: np.lib.stride_tricks.as_strided(a, (4,), (8,)),
+        lambda a: np.frombuffer(a, np.int32),
+    ],
+)
+def test_not_used_again_while_a_view_of_it_lives(view):
+    array = memory.empty(LARGE + 2, np.float32)
+    array.fill(7)
+    kept = view(array)
+    before = kept.copy()
+    place = address(array)
+    del array
+    gc.collect()
+    others = [memory.empty(LARGE + 2, np.float32) for _ in range(3)]
+    assert place not in [address(other) for other in others]
+    for other in others:
+        other.fill(-1)
+    np.testing.assert_array_equal(kept, before)
+    del kept, before
+    gc.collect()
+    assert address(memory.empty(LARGE + 2, np.float32)) == place
+
+
+def test_copies_are_free_of_it():
+    array = memory.empty(LARGE, np.float32)
+    array.fill(3)
+    copies = [array.copy(), pickle.loads(pickle.dumps(array))]
+    del array
+    memory.empty(LARGE, np.float32).fill(0)
+    for copy in copies:
+        np.testing.assert_array_equal(copy, 3)
+
+
+def test_what_is_kept_has_a_limit(monkeypatch):
+    monkeypatch.setattr(memory, "_KEPT", 3 * LARGE * 4)
+    arrays = [memory.empty(LARGE + 16 * i, np.float32) for i in range(6)]
+    del arrays
+    assert 0 < memory._idle_bytes <= 3 * LARGE * 4
+    assert memory._idle_bytes == sum(size * len(held) for size, held in memory._idle.items())
+    assert all(memory._idle.values())
+    memory.empty(4 * LARGE, np.float32).fill(0)
+    assert memory._idle_bytes <= 3 * LARGE * 4
+
+
+def test_many_threads_never_share():
+    wrong = []
+
+    def work(number):
+        for turn in range(300):
+            a = memory.empty(LARGE, np.float32)
+            a.fill(number)
+            b = memory.empty(LARGE, np.float32)
+            b.fill(-number)
+            if (a != number).any() or (b != -number).any():
+                wrong.append((number, turn))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
