@@ -18,6 +18,7 @@ from fastrnn.simd import (
     at,
     flush_denormals,
     keep_alive,
+    load,
     load_n,
     restore_denormals,
     store,
@@ -26,10 +27,13 @@ from fastrnn.simd import (
 )
 from fastrnn.tile import COLS, ROWS, STRIP, tile, tile_of_strip
 
-# Columns of k worked on at a time, so that a block of a panel stays in the first-level cache.
-DEPTH = 128
+# Columns of k worked on at a time: a block of a panel, 64 KiB at most, comes from the second-level
+# cache; deeper, C is loaded and stored less often.
+DEPTH = 256
 # Rows of A that pass over one panel block before the next.
 HEIGHT = 96
+# Strips that are filled at once: they stay in the second-level cache.
+GROUP = 4
 
 
 @helper
@@ -49,8 +53,8 @@ def panel_scratch(like, m):
 
 @helper
 def strip_scratch(like):
-    """Memory for the strip of `accumulate`."""
-    return scratch(like, DEPTH * STRIP * width_of(like))
+    """Memory for the strips of `accumulate`."""
+    return scratch(like, GROUP * DEPTH * STRIP * width_of(like))
 
 
 @helper
@@ -99,69 +103,116 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
                         )  # fmt: skip
 
 
+@helper
+def _fill_panel(x, x_row, m, row, b, batch, depth, panel):
+    """Panels of `depth` rows of x, from (row, b) on; returns the row after them."""
+    w = width_of(x)
+    wide = COLS * w
+    for j in range(depth):
+        for left in range(0, m, wide):
+            cols = (min(wide, m - left) + w - 1) // w
+            for col in range(left, left + cols * w, w):
+                value = load_n(x, row * x_row + col, m - col)
+                store(panel, left * depth + j * cols * w + col - left, value)
+        row, b = _next_row(row, b, batch)
+    return row, b
+
+
+@helper
+def _group(block, end, blocks):
+    """Where the group of up to GROUP strips that begins with `block` ends."""
+    for _ in range(GROUP):
+        block += min(STRIP, end - block, blocks - block % blocks)
+        if block == end:
+            break
+    return block
+
+
+@helper
+def _fill_strips(d, d_row, size, first, end, blocks, row, b, batch, depth, strips):
+    """The strips of blocks [first, end): row after row, since memory is read best that way."""
+    w = width_of(d)
+    start = first % blocks
+    for j in range(depth):
+        line = j * STRIP * w
+        i, inside = 0, start
+        for block in range(first, end):
+            value = load_n(d, row * d_row + block * w, size - inside * w)
+            store(strips, line + i * w, value)
+            i += 1
+            inside += 1
+            if inside == blocks:
+                inside = 0
+            if i == STRIP or inside == 0:
+                i = 0
+                line += DEPTH * STRIP * w
+        row, b = _next_row(row, b, batch)
+
+
+@helper
+def _add_strip(strip, take, depth, sums, left):
+    """Add up the rows of a strip of `take` registers, of which `left` numbers exist."""
+    w = width_of(sums)
+    for i in range(0, take * w, w):
+        total = load_n(sums, i, left - i)
+        for j in range(depth):
+            total = total + load(strip, j * STRIP * w + i)
+        store_n(sums, i, total, left - i)
+
+
 def _accumulate_signature(dtype):
     i, p = types.intp, types.CPointer(dtype)
-    return types.void(i, i, p, i, i, i, types.CPointer(i), i, i, p, i, i, p, p, p, p)
+    return types.void(i, i, p, i, i, types.CPointer(i), i, i, p, i, i, p, p, p, p)
 
 
 @linked(_accumulate_signature)
 def accumulate(
-    steps, batch, d, d_row, run, size, order, first, end, x, x_row, m, out, sums, panel, strip
+    steps, batch, d, d_row, size, order, first, end, x, x_row, m, out, sums, panel, strips
 ):
     """out[order[g]*size + u, :] += sum of d[row, g*run + u] * x[row, :m]; sums likewise of d alone.
 
     Rows are (step, sequence) pairs, taken in the order in which backpropagation meets them: last
-    step first, sequences in order. Only the register blocks [first, end) of the runs are done.
-    panel and strip are memory to work in: DEPTH rows of m, and of 3 registers.
+    step first, sequences in order. run is size, rounded up to whole registers if there are several
+    g. Only the register blocks [first, end) of the runs are done. panel and strips: memory from
+    `panel_scratch` and `strip_scratch`.
     """
     w = width_of(out)
     wide = COLS * w
     blocks = (size + w - 1) // w
     total = steps * batch
     # The row of d and x where a block of rows begins, and its place in its step.
-    row_0, b_0 = (steps - 1) * batch, 0
+    row, b = (steps - 1) * batch, 0
     for start in range(0, total, DEPTH):
         depth = min(DEPTH, total - start)
-        row, b = row_0, b_0
-        for j in range(depth):
-            for left in range(0, m, wide):
-                cols = (min(wide, m - left) + w - 1) // w
-                for col in range(left, left + cols * w, w):
-                    value = load_n(x, row * x_row + col, m - col)
-                    store(panel, left * depth + j * cols * w + col - left, value)
-            row, b = _next_row(row, b, batch)
-        next_row, next_b = row, b
+        next_row, next_b = _fill_panel(x, x_row, m, row, b, batch, depth, panel)
         block = first
         while block < end:
-            g = block // blocks
-            u = (block - g * blocks) * w
-            into = order[g] * size + u
-            take = min(STRIP, end - block, blocks - block % blocks)
-            for i in range(0, take * w, w):
-                total_d = load_n(sums, into + i, size - u - i)
-                row, b = row_0, b_0
-                for j in range(depth):
-                    value = load_n(d, row * d_row + g * run + u + i, size - u - i)
-                    total_d = total_d + value
-                    store(strip, j * STRIP * w + i, value)
-                    row, b = _next_row(row, b, batch)
-                store_n(sums, into + i, total_d, size - u - i)
-            height = min(take * w, size - u)
-            tiles = (height + ROWS - 1) // ROWS
-            for left in range(0, m, wide):
-                width = min(wide, m - left)
-                cols = (width + w - 1) // w
-                last = width - (cols - 1) * w
-                for q in range(tiles):
-                    top = height * q // tiles
-                    rows = height * (q + 1) // tiles - top
-                    c = at(out, (into + top) * m + left)
-                    tile_of_strip(
-                        rows, cols, last, depth, at(strip, top),
-                        at(panel, left * depth), c, m, c, m,
-                    )  # fmt: skip
-            block += take
-        row_0, b_0 = next_row, next_b
+            strip = strips
+            group = _group(block, end, blocks)
+            _fill_strips(d, d_row, size, block, group, blocks, row, b, batch, depth, strips)
+            while block < group:
+                g = block // blocks
+                u = (block - g * blocks) * w
+                into = order[g] * size + u
+                take = min(STRIP, group - block, blocks - block % blocks)
+                _add_strip(strip, take, depth, at(sums, into), size - u)
+                height = min(take * w, size - u)
+                tiles = (height + ROWS - 1) // ROWS
+                for left in range(0, m, wide):
+                    width = min(wide, m - left)
+                    cols = (width + w - 1) // w
+                    last = width - (cols - 1) * w
+                    for q in range(tiles):
+                        top = height * q // tiles
+                        rows = height * (q + 1) // tiles - top
+                        c = at(out, (into + top) * m + left)
+                        tile_of_strip(
+                            rows, cols, last, depth, at(strip, top),
+                            at(panel, left * depth), c, m, c, m,
+                        )  # fmt: skip
+                block += take
+                strip = at(strip, DEPTH * STRIP * w)
+        row, b = next_row, next_b
 
 
 @helper
@@ -210,7 +261,7 @@ def affine_gradients(part, parts, x, d_y, p, zeros, d_x, d_weight, d_bias):
     order = np.zeros(1, np.intp)
     panel, strip = panel_scratch(x, size), strip_scratch(x)
     accumulate(
-        steps, batch, at(d_y, 0), n, n, n, at(order, 0), first, end, at(x, 0), size, size,
+        steps, batch, at(d_y, 0), n, n, at(order, 0), first, end, at(x, 0), size, size,
         at(d_weight, 0), at(d_bias, 0), at(panel, 0), at(strip, 0),
     )  # fmt: skip
     keep_alive(order)

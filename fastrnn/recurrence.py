@@ -217,7 +217,7 @@ def _weight_gradient_overload(part, parts, x, tape, run, size, order, d_w, d_b):
         first, end = blocks * part // parts, blocks * (part + 1) // parts
         panel, strip = panel_scratch(x, inputs), strip_scratch(x)
         accumulate(
-            steps, batch, at(tape, 0), tape.shape[2], run, size, at(order, 0), first, end,
+            steps, batch, at(tape, 0), tape.shape[2], size, at(order, 0), first, end,
             at(x, 0), inputs, inputs, at(d_w, 0), at(d_b, 0), at(panel, 0), at(strip, 0),
         )  # fmt: skip
         keep_alive(panel)
@@ -251,7 +251,7 @@ def gradients(
     first, end = blocks * part // parts, blocks * (part + 1) // parts
     panel, strip = panel_scratch(h, size), strip_scratch(h)
     accumulate(
-        steps, batch, at(tape, tail * run), tape.shape[2], run, size, at(order_h, 0), first, end,
+        steps, batch, at(tape, tail * run), tape.shape[2], size, at(order_h, 0), first, end,
         at(h, 0), size, size, at(d_w_h, 0), at(d_b_h, 0), at(panel, 0), at(strip, 0),
     )  # fmt: skip
     keep_alive(panel)

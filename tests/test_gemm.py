@@ -29,10 +29,10 @@ def _multiply(
 
 @kernel
 def _accumulate(
-    steps, batch, d, d_at, d_row, run, size, order, first, end, x, x_row, m, out, sums, panel, strip
+    steps, batch, d, d_at, d_row, size, order, first, end, x, x_row, m, out, sums, panel, strip
 ):
     gemm.accumulate(
-        steps, batch, at(d, d_at), d_row, run, size, at(order, 0), first, end,
+        steps, batch, at(d, d_at), d_row, size, at(order, 0), first, end,
         at(x, 0), x_row, m, at(out, 0), at(sums, 0), at(panel, 0), at(strip, 0),
     )  # fmt: skip
 
@@ -273,11 +273,11 @@ def check_accumulate(dtype, T, B, size, m, rng, order=(0,), gap=0, parts=1):
     out[w:-w], sums[w:-w] = start.reshape(-1), start_sums
     blocks = gates * run // w
     panel = np.full(gemm.DEPTH * -(-m // w) * w + w, np.nan, dtype)
-    strip = np.full(gemm.DEPTH * 3 * w + w, np.nan, dtype)
+    strip = np.full(gemm.GROUP * gemm.DEPTH * gemm.STRIP * w + w, np.nan, dtype)
     panel[-w:] = strip[-w:] = CANARY
     for part in range(parts):
         _accumulate(
-            T, B, memory, d_at, d_row, run, size, np.array(order),
+            T, B, memory, d_at, d_row, size, np.array(order),
             blocks * part // parts, blocks * (part + 1) // parts,
             x_memory, x_row, m, out[w:-w], sums[w:-w], panel, strip,
         )  # fmt: skip
@@ -315,7 +315,7 @@ def test_accumulate_takes_steps_from_the_end_and_sequences_in_order(dtype, batch
 @each_dtype
 def test_accumulate_at_the_edges_of_strips_and_panels(dtype, rng):
     w = lanes(dtype)
-    for size in around(1, w, 2 * w, 3 * w, 4 * w, 6 * w):
+    for size in around(1, w, 2 * w, 3 * w, 4 * w, 6 * w, 24 * w, 27 * w):
         check_accumulate(dtype, 2, 3, size, 3, rng)
     for m in columns(dtype):
         check_accumulate(dtype, 2, 3, 5, m, rng)
