@@ -34,6 +34,7 @@ from fastrnn.text import LEVELS, Vocabulary, default_corpus, read_corpus
 from fastrnn.train import FORMAT, Callback, Diverged, Settings, Trainer, load_model, settings_from
 
 _DEFAULT_OUT = "model.safetensors"
+_DEFAULT_AVERAGE = 0.99
 _DEFAULT_MINUTES = 0.75
 _WORDS = 30_000
 
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cell", choices=CELL_NAMES, help="default lstm")
     add("--hidden", type=int, metavar="N", help="units of a layer (default 256)")
     add("--layers", type=int, metavar="N", help="default 1")
-    add("--embedding", type=int, metavar="N", help="width; 0 for none (default: words as --hidden)")
+    add("--embedding", type=int, metavar="N", help="width; 0 for none (default as --hidden)")
     add(
         "--dropout",
         type=float,
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--clip-norm", type=float, metavar="X", help="largest gradient norm, 0: none (default 5)")
     add("--optimizer", choices=tuple(OPTIMIZERS), help="default adam")
     add("--schedule", choices=tuple(SCHEDULES), help="of the learning rate (default constant)")
+    add("--average", type=float, metavar="X", help="of the weights kept, 0: none (default 0.99)")
     add("--val-fraction", type=float, metavar="X", help="kept for validation (default 0.05)")
     limits = train.add_mutually_exclusive_group()
     limits.add_argument("--epochs", type=float, metavar="N", help="passes over the text")
@@ -207,6 +209,7 @@ _RUN_OPTIONS = {
     "clip_norm": "clip_norm",
     "optimizer": "optimizer",
     "schedule": "schedule",
+    "average": "average",
     "val_fraction": "val_fraction",
     "seed": "seed",
 }
@@ -220,6 +223,7 @@ def _new_run(options: argparse.Namespace) -> tuple[LanguageModel, Vocabulary, np
         for option, name in _RUN_OPTIONS.items()
         if getattr(options, option) is not None
     }
+    chosen.setdefault("average", _DEFAULT_AVERAGE)
     chosen |= {name: getattr(options, name) for name in _LIMITS}
     if not any(chosen[name] is not None for name in _LIMITS):
         chosen["minutes"] = _DEFAULT_MINUTES
@@ -234,7 +238,7 @@ def _new_run(options: argparse.Namespace) -> tuple[LanguageModel, Vocabulary, np
     hidden = 256 if options.hidden is None else options.hidden
     embedding = options.embedding
     if embedding is None:
-        embedding = hidden if level == "word" else 0
+        embedding = hidden
     model = LanguageModel(
         len(vocabulary),
         hidden,

@@ -9,17 +9,17 @@ import numpy as np
 
 from fastrnn.checks import as_number, for_kernel
 from fastrnn.jit import kernel
+from fastrnn.parallel import parts_for, run
 
 _BLOCK = 4096
 
 
 @kernel
-def _squares(x, block):
-    """Sum of squares in float64, in an order that depends on nothing but the size."""
-    total = 0.0
-    for start in range(0, x.size, block):
+def _squares(part, parts, x, block, sums):
+    """Sums of squares of blocks in float64, in an order that depends on nothing but the size."""
+    for k in range(sums.size * part // parts, sums.size * (part + 1) // parts):
+        start, end = k * block, min(x.size, (k + 1) * block)
         a, b, c, d = 0.0, 0.0, 0.0, 0.0
-        end = min(x.size, start + block)
         for i in range(start, end - 3, 4):
             a += np.float64(x[i]) * x[i]
             b += np.float64(x[i + 1]) * x[i + 1]
@@ -27,8 +27,13 @@ def _squares(x, block):
             d += np.float64(x[i + 3]) * x[i + 3]
         for i in range(start + (end - start) // 4 * 4, end):
             a += np.float64(x[i]) * x[i]
-        total += (a + b) + (c + d)
-    return total
+        sums[k] = (a + b) + (c + d)
+
+
+def _sum_of_squares(x: np.ndarray) -> float:
+    sums = np.empty(-(-x.size // _BLOCK))
+    run(_squares, parts_for(x.size * 8, sums.size), x, _BLOCK, sums)
+    return float(sums.sum())
 
 
 def _check_writable(grads: Mapping[str, np.ndarray]) -> None:
@@ -50,7 +55,7 @@ def grad_norm(grads: Mapping[str, np.ndarray], norm_type: float = 2.0) -> float:
     if norm_type == 2:
         total = 0.0
         for g in grads.values():
-            total += _squares(for_kernel(g).reshape(-1), _BLOCK)
+            total += _sum_of_squares(for_kernel(g).reshape(-1))
         largest = max(float(np.max(np.abs(g))) for g in grads.values()) if total == math.inf else 0
         if 0 < largest < math.inf:
             # The squares overflowed, the norm need not.

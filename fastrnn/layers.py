@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -102,6 +102,7 @@ class _Saved:
     h: np.ndarray
     carry: np.ndarray
     tape: np.ndarray
+    vectors: np.ndarray | None
     seed: int
 
 
@@ -133,7 +134,7 @@ class Saved:
             )
         layers = self._layers
         if retain:
-            return [_Saved(s.x, s.h, s.carry, s.tape.copy(), s.seed) for s in layers]
+            return [replace(s, tape=s.tape.copy()) for s in layers]
         self._layers = None
         return layers
 
@@ -198,35 +199,47 @@ class _Recurrent(Module):
         )
 
     def __call__(
-        self, x: Any, state: State = None, lengths: Any = None
+        self, x: Any, state: State = None, lengths: Any = None, *, vectors: Any = None
     ) -> tuple[np.ndarray, State]:
         """Run over a sequence and keep nothing: `(output, state)`; see `forward`."""
-        output, state, _ = self._forward(x, state, lengths, keep=False, seed=None)
+        output, state, _ = self._forward(x, state, lengths, vectors, keep=False, seed=None)
         return output, state
 
     def forward(
-        self, x: Any, state: State = None, lengths: Any = None, *, seed: int | None = None
+        self,
+        x: Any,
+        state: State = None,
+        lengths: Any = None,
+        *,
+        vectors: Any = None,
+        seed: int | None = None,
     ) -> tuple[np.ndarray, State, Saved]:
         """Run over a sequence for training.
 
         x       (T, B, input_size), or (B, T, input_size) with batch_first; or integers (T, B):
                 tokens below input_size, as if one-hot. Without the B axis: one sequence.
         state   initial state, (num_layers, B, H), for the LSTM a pair (h, c); zeros by default
+        vectors (V, input_size): x are tokens below V, and the input is vectors[x], which is never
+                made: V products instead of T*B. The same bits as with vectors[x]; d_x is then the
+                gradient of vectors, it and that of weight_ih being summed up token by token
         seed    of the dropout masks; drawn by the layer if it is not given
         Returns output (T, B, H), the final state, and what `backward` needs. The output is
         read-only and x must not change until then: backward reads both.
         """
-        return self._forward(x, state, lengths, keep=True, seed=seed)
+        return self._forward(x, state, lengths, vectors, keep=True, seed=seed)
 
     def _forward(
-        self, x: Any, state: State, lengths: Any, *, keep: bool, seed: int | None
+        self, x: Any, state: State, lengths: Any, vectors: Any, *, keep: bool, seed: int | None
     ) -> tuple[np.ndarray, State, Any]:
         if lengths is not None:
             raise ValueError(
                 "lengths: expected None; not there yet: call once for each group of equal length"
             )
         self.check_params()
-        x, unbatched = self._input(x)
+        if vectors is not None:
+            names = "(V, input_size)"
+            vectors = as_floats("vectors", vectors, self.dtype, (None, self.input_size), names)
+        x, unbatched = self._input(x, vectors)
         if keep and x.dtype == np.int32:
             # Backward writes where the tokens say: they must still be the ones that were checked.
             x = x.copy()
@@ -240,10 +253,10 @@ class _Recurrent(Module):
                 dropped = empty(x.shape, self.dtype)
                 dropout(x, self.dropout, (seed or 0) + layer, dropped)
                 x = dropped
-            done = self._run_layer(layer, x, [s[layer] for s in states], keep)
+            done = self._run_layer(layer, x, vectors, [s[layer] for s in states], keep)
             done.seed = (seed or 0) + layer
             saved.append(done)
-            x = done.h[1:]
+            x, vectors = done.h[1:], None
         run_length = padded(self.hidden_size, self.dtype)
         last = [np.array([s.h[steps] for s in saved])]
         for i in range(self.cell.carries):
@@ -256,7 +269,9 @@ class _Recurrent(Module):
         output.flags.writeable = not keep
         return output, self._state_out(last, unbatched), result
 
-    def _run_layer(self, layer: int, x: np.ndarray, states: list, keep: bool) -> _Saved:
+    def _run_layer(
+        self, layer: int, x: np.ndarray, vectors: np.ndarray | None, states: list, keep: bool
+    ) -> _Saved:
         cell, size, dtype = self.cell, self.hidden_size, self.dtype
         steps, batch = x.shape[:2]
         hidden = padded(size, dtype)
@@ -273,6 +288,18 @@ class _Recurrent(Module):
         for i, value in enumerate(states[1:]):
             carry[0, :, i * hidden : i * hidden + size] = value
         tape = empty((steps if keep else chunk, batch, row), dtype)
+        b_x, b_h = self.params.get(f"bias_ih_l{layer}"), self.params.get(f"bias_hh_l{layer}")
+        bias = pack_bias(cell, size, dtype, b_x, b_h)
+        packed = pack_transposed(weight_x, cell.order_x, rows=tokens and vectors is None)
+        if vectors is not None:
+            # What each token adds to the sums, bias and all.
+            shared = bias[: cell.gates * hidden]
+            table = empty((len(vectors), shared.size), dtype)
+            parts_of_table = parts_for(table.size * vectors.shape[1], len(vectors))
+            run(gemm.affine, parts_of_table, vectors, packed, shared, table)
+            packed = table.reshape(-1)
+            # Adding it changes no number, not even the sign of a zero.
+            shared.fill(-0.0)
         run(
             recurrence.forward_slice,
             parts,
@@ -281,20 +308,14 @@ class _Recurrent(Module):
             chunk,
             int(keep),
             x,
-            pack_transposed(weight_x, cell.order_x, rows=tokens),
+            packed,
             pack_transposed(weight_h, cell.order_h),
-            pack_bias(
-                cell,
-                size,
-                dtype,
-                self.params.get(f"bias_ih_l{layer}"),
-                self.params.get(f"bias_hh_l{layer}"),
-            ),
+            bias,
             h,
             carry,
             tape,
         )
-        return _Saved(x, h, carry, tape, 0)
+        return _Saved(x, h, carry, tape, vectors, 0)
 
     def backward(
         self,
@@ -313,7 +334,8 @@ class _Recurrent(Module):
         grads      gradients to add to, with the keys of `params`; zeros by default
         need_d_x   False saves the work for a first layer whose input is data
         retain     keep `saved` usable, at the cost of a copy
-        Returns d_x (None for tokens or if not needed), d_state of the initial state, grads.
+        Returns d_x (None for tokens or if not needed, the gradient of `vectors` if forward had
+        them), d_state of the initial state, grads.
         """
         if not isinstance(saved, Saved):
             raise TypeError(
@@ -343,7 +365,11 @@ class _Recurrent(Module):
                 total[layer] = value
             if layer and self.dropout:
                 dropout(d_y, self.dropout, s.seed, d_y)
-        d_x = None if saved.token_input or not need_d_x else self._outward(d_y, saved.unbatched)
+        d_x = None
+        if need_d_x and layers[0].vectors is not None:
+            d_x = d_y
+        elif need_d_x and not saved.token_input:
+            d_x = self._outward(d_y, saved.unbatched)
         return d_x, self._state_out(d_initial, saved.unbatched), grads
 
     def _run_backward(
@@ -381,12 +407,14 @@ class _Recurrent(Module):
         gates = (cell.gates, size)
         order = list(cell.order_x)
         if tokens:
-            rows = zeros((inputs, cell.gates, hidden), dtype)
-            rows[:, :, :size] = d_w_x.reshape(*gates, inputs)[order].transpose(2, 0, 1)
+            count = inputs if s.vectors is None else len(s.vectors)
+            rows = zeros((count, cell.gates, hidden), dtype)
+            if s.vectors is None:
+                rows[:, :, :size] = d_w_x.reshape(*gates, inputs)[order].transpose(2, 0, 1)
             sums = np.zeros((cell.gates, hidden), dtype)
             sums[:, :size] = d_b_x.reshape(gates)[order]
             d_x = np.empty((0, inputs), dtype)
-            x_arguments = (rows.reshape(inputs, -1), sums.reshape(-1))
+            x_arguments = (rows.reshape(count, -1), sums.reshape(-1))
         else:
             d_x = empty((steps * batch if want_d_x else 0, inputs), dtype)
             x_arguments = (d_w_x, d_b_x)
@@ -409,16 +437,47 @@ class _Recurrent(Module):
             d_b_h,
         )
         if tokens:
-            d_w_x.reshape(*gates, inputs)[order] = rows[:, :, :size].transpose(1, 2, 0)
+            if s.vectors is None:
+                d_w_x.reshape(*gates, inputs)[order] = rows[:, :, :size].transpose(1, 2, 0)
+            else:
+                d_x = self._gradient_of_vectors(s.vectors, x_arguments[0], weight_x, d_w_x)
             d_b_x.reshape(gates)[order] = sums[:, :size]
         first = [d_h[:, :size]]
         first += [d_carry[:, i * hidden : i * hidden + size] for i in range(cell.carries)]
         return d_x.reshape(steps, batch, inputs) if want_d_x and not tokens else d_x, first
 
-    def _input(self, x: Any) -> tuple[np.ndarray, bool]:
+    def _gradient_of_vectors(
+        self, vectors: np.ndarray, d_table: np.ndarray, weight_x: np.ndarray, d_w_x: np.ndarray
+    ) -> np.ndarray:
+        """The gradient of vectors, from that of their products with W_x; adds to that of W_x."""
+        cell, dtype = self.cell, self.dtype
+        (count, n), inputs = d_table.shape, vectors.shape[1]
+        hidden = n // cell.gates
+        d_vectors = empty(vectors.shape, dtype)
+        same_order = d_w_x.shape[0] == n and cell.order_x == tuple(range(cell.gates))
+        d_w = d_w_x if same_order else zeros((n, inputs), dtype)
+        run(
+            gemm.affine_gradients,
+            parts_for(count * n * inputs, n // lanes(dtype)),
+            vectors[None],
+            d_table[None],
+            pack(weight_x, cell.order_x, hidden),
+            np.zeros(inputs, dtype),
+            d_vectors,
+            d_w,
+            np.zeros(n, dtype),
+        )
+        if not same_order:
+            found = d_w.reshape(cell.gates, hidden, inputs)[:, : self.hidden_size]
+            d_w_x.reshape(cell.gates, self.hidden_size, inputs)[list(cell.order_x)] += found
+        return d_vectors
+
+    def _input(self, x: Any, vectors: np.ndarray | None) -> tuple[np.ndarray, bool]:
         """x time-major, floats (T, B, I) or int32 (T, B), and whether it came without B."""
         array = as_array("x", x)
         tokens = array.dtype.kind in "iu"
+        if vectors is not None and not tokens:
+            raise TypeError(f"x: expected integer tokens beside vectors, got {array.dtype}")
         if tokens and array.ndim == 3:
             raise TypeError(
                 f"x: expected features of {self.dtype}, got {array.dtype}; convert them with "
@@ -431,7 +490,8 @@ class _Recurrent(Module):
         if tokens:
             names = names.replace(", I", "")
             shape: tuple = (None,) if unbatched else (None, None)
-            array = as_tokens("x", array, self.input_size, shape, names)
+            kinds = self.input_size if vectors is None else len(vectors)
+            array = as_tokens("x", array, kinds, shape, names)
         else:
             shape = (None, self.input_size) if unbatched else (None, None, self.input_size)
             array = as_floats("x", array, self.dtype, shape, names)

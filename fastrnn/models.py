@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.checks import as_array, as_choice, as_dtype, as_number, as_size, as_tokens
+from fastrnn.checks import as_choice, as_dtype, as_number, as_size, as_tokens
 from fastrnn.dropout import dropout
 from fastrnn.layers import GRU, LSTM, RNN, Embedding, Linear, Module, Params, State, new_grads
 from fastrnn.loss import softmax_cross_entropy, token_losses
@@ -19,6 +19,9 @@ CELL_NAMES = ("lstm", "gru", "rnn")
 SEEDS = 256
 # Numbers of logits that are worked on at a time where no gradient is wanted.
 _LOGITS = 1 << 22
+# Up to this vocabulary, training takes an embedding and the weights after it in one product for
+# each token of the vocabulary, not of the text.
+_FEW = 1024
 
 
 class LanguageModel(Module):
@@ -33,8 +36,7 @@ class LanguageModel(Module):
                     2014, arXiv:1409.2329v5)
     dtype           float32 or float64; seed draws the initial weights
 
-    `params` has the keys of the parts after "embedding.", "rnn." and "head.". The forget gate of
-    the LSTM starts with a bias of 1 (Jozefowicz et al. 2015).
+    `params` has the keys of the parts after "embedding.", "rnn." and "head.".
     """
 
     def __init__(
@@ -74,10 +76,6 @@ class LanguageModel(Module):
             seed=seeds[1],
         )
         self.head = Linear(hidden_size, vocab_size, dtype=self.dtype, seed=seeds[2])
-        if cell == "lstm":
-            for layer in range(num_layers):
-                self.rnn.params[f"bias_ih_l{layer}"][hidden_size : 2 * hidden_size] = 1
-                self.rnn.params[f"bias_hh_l{layer}"][hidden_size : 2 * hidden_size] = 0
         parts = {"embedding": self.embedding, "rnn": self.rnn, "head": self.head}
         self._parts: dict[str, Any] = {name: part for name, part in parts.items() if part}
         # The parts own their arrays; to change one, write into it.
@@ -112,7 +110,10 @@ class LanguageModel(Module):
 
     def __call__(self, tokens: Any, state: State = None) -> tuple[np.ndarray, State]:
         """Logits (T, B, V) for the token after each of `tokens` (T, B), and the final state."""
-        y, state = self.rnn(self._embed(tokens)[0], state)
+        ids = self._tokens("tokens", tokens)
+        # Either way gives the same bits.
+        x, vectors = self._embed(ids, self.vocab_size <= ids.size)
+        y, state = self.rnn(x, state, vectors=vectors)
         return self.head(y), state
 
     def token_losses(
@@ -151,8 +152,9 @@ class LanguageModel(Module):
             name: {key: grads[f"{name}.{key}"] for key in part.params}
             for name, part in self._parts.items()
         }
-        x, ids = self._embed(tokens)
-        y, state, saved = self.rnn.forward(x, state, seed=seed)
+        ids = self._tokens("tokens", tokens)
+        x, vectors = self._embed(ids, self.vocab_size <= _FEW)
+        y, state, saved = self.rnn.forward(x, state, seed=seed, vectors=vectors)
         if self.dropout:
             dropped = empty(y.shape, self.dtype)
             dropout(y, self.dropout, seed + SEEDS - 1, dropped)
@@ -164,17 +166,21 @@ class LanguageModel(Module):
         if self.dropout:
             dropout(d_y, self.dropout, seed + SEEDS - 1, d_y)
         d_x, _, _ = self.rnn.backward(saved, d_y, grads=parts["rnn"])
-        if self.embedding is not None:
+        if vectors is not None:
+            parts["embedding"]["weight"] += d_x
+        elif self.embedding is not None:
             self.embedding.backward(ids, d_x, parts["embedding"])
         return loss, grads, state
 
     def _tokens(self, name: str, tokens: Any, shape: tuple | None = None) -> np.ndarray:
         return as_tokens(name, tokens, self.vocab_size, shape or (None, None), "(T, B)")
 
-    def _embed(self, tokens: Any) -> tuple[np.ndarray, np.ndarray]:
-        """What the first layer takes, and the tokens."""
-        ids = self._tokens("tokens", as_array("tokens", tokens))
-        return (ids if self.embedding is None else self.embedding(ids)), ids
+    def _embed(self, ids: np.ndarray, few: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """What the first layer takes, and the vectors that its tokens stand for, or None."""
+        if self.embedding is None:
+            return ids, None
+        self.embedding.check_params()
+        return (ids, self.embedding.params["weight"]) if few else (self.embedding(ids), None)
 
 
 def _shapes(

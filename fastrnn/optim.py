@@ -23,7 +23,7 @@ from fastrnn.checks import (
 )
 from fastrnn.jit import kernel
 from fastrnn.parallel import parts_for, run
-from fastrnn.simd import flush_denormals, restore_denormals
+from fastrnn.simd import flush_denormals, load_n, restore_denormals, sqrt, store_n, width_of
 
 Arrays = dict[str, np.ndarray]
 
@@ -59,12 +59,33 @@ def _adagrad(part, parts, p, g, v, lr, eps):
 @kernel
 def _adam(part, parts, p, g, m, v, step, beta1, rest1, beta2, rest2, root, eps, coupled, kept):
     mode = flush_denormals()
-    for i in range(p.size * part // parts, p.size * (part + 1) // parts):
-        d = g[i] + coupled * p[i]
-        m[i] = beta1 * m[i] + rest1 * d
-        v[i] = beta2 * v[i] + rest2 * d * d
-        p[i] = kept * p[i] - step * m[i] / (math.sqrt(v[i]) / root + eps)
+    end = p.size * (part + 1) // parts
+    for i in range(p.size * part // parts, end, width_of(p)):
+        left = end - i
+        old = load_n(p, i, left)
+        d = load_n(g, i, left) + coupled * old
+        mean = beta1 * load_n(m, i, left) + rest1 * d
+        square = beta2 * load_n(v, i, left) + rest2 * d * d
+        store_n(m, i, mean, left)
+        store_n(v, i, square, left)
+        store_n(p, i, kept * old - step * mean / (sqrt(square) / root + eps), left)
     restore_denormals(mode)
+
+
+@kernel
+def _blend(part, parts, mean, p, kept, fresh):
+    mode = flush_denormals()
+    for i in range(p.size * part // parts, p.size * (part + 1) // parts):
+        mean[i] = kept * mean[i] + fresh * p[i]
+    restore_denormals(mode)
+
+
+def blend_(means: Mapping[str, np.ndarray], params: Mapping[str, np.ndarray], share: float) -> None:
+    """Move every array of `means` by `share` of the way to that of `params`."""
+    for key, p in params.items():
+        mean = check_in_place(f"means[{key!r}]", means.get(key), p.dtype, p.shape).reshape(-1)
+        numbers = (p.dtype.type(1 - share), p.dtype.type(share))
+        run(_blend, parts_for(p.size * 8, p.size), mean, p.reshape(-1), *numbers)
 
 
 class Optimizer:
@@ -118,7 +139,7 @@ class Optimizer:
             g = for_kernel(grads[key]).reshape(-1)
             function, arguments = self._update()
             numbers = [p.dtype.type(n) if isinstance(n, float) else n for n in arguments]
-            run(function, parts_for(p.size * 4, p.size), p.reshape(-1), g, *slots, *numbers)
+            run(function, parts_for(p.size * 8, p.size), p.reshape(-1), g, *slots, *numbers)
 
     def _update(self) -> tuple[Any, tuple]:
         """The kernel of this step and its numbers."""

@@ -354,6 +354,18 @@ def zero(typingctx, like):
 
 
 @intrinsic
+def sqrt(typingctx, x):
+    """The square root, lane by lane, correctly rounded."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(x.llvm, [x.llvm])
+        name = f"llvm.sqrt.{x.suffix}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+    return x(x), codegen
+
+
+@intrinsic
 def select_greater(typingctx, a, b, x, y):
     """`x` where `a > b`, else `y` (also where a or b is NaN)."""
     vec = _vec_of(a, b, x, y)

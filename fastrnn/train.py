@@ -20,7 +20,7 @@ from fastrnn.checks import as_choice, as_number, as_size, as_tokens, load_params
 from fastrnn.clip import clip_grad_norm_
 from fastrnn.layers import State
 from fastrnn.models import LanguageModel, model_from_config
-from fastrnn.optim import OPTIMIZERS, SCHEDULES
+from fastrnn.optim import OPTIMIZERS, SCHEDULES, blend_
 
 FORMAT = "fastrnn language model"
 _SAVE_SECONDS = 60
@@ -42,6 +42,9 @@ class Settings:
     optimizer      sgd, rmsprop, adagrad, adam or adamw, with the defaults of `fastrnn.optim`
     steps, epochs, minutes   when to stop: whichever is given and comes first; minutes count from
                    the end of the first step, which compiles
+    average        up to 1: validated and kept is a running mean of the weights, of which each step
+                   makes up 1 - average, the first steps more (Polyak and Juditsky 1992);
+                   0: the latest weights
     val_fraction   share of the text, its end, that is kept for validation
     val_every      steps between validations; 0: once an epoch, at least every 1000 steps
     seed           of the dropout masks
@@ -56,6 +59,7 @@ class Settings:
     steps: int | None = None
     epochs: float | None = None
     minutes: float | None = None
+    average: float = 0.0
     val_fraction: float = 0.05
     val_every: int = 0
     seed: int = 0
@@ -71,6 +75,7 @@ class Settings:
         check("clip_norm", as_number, 0, math.inf)
         check("optimizer", as_choice, tuple(OPTIMIZERS))
         check("schedule", as_choice, tuple(SCHEDULES))
+        check("average", as_number, 0, 1)
         check("val_fraction", as_number, 0, 1)
         check("val_every", as_size, 0)
         check("seed", as_size, 0)
@@ -132,7 +137,7 @@ class Streams:
 class Trainer:
     """One training run.
 
-    model      is trained in place
+    model      is trained in place; `averaged` is the model of the mean of its weights, or itself
     tokens     (N,) integers, the whole text; its end is kept for validation
     callbacks  hear of every step and validation
     save       is called with the trainer at every validation and at the end
@@ -168,7 +173,11 @@ class Trainer:
         self.seconds = 0.0
         self.loss = self.train_loss = self.val_loss = self.best_val_loss = math.nan
         self.grad_norm = math.nan
-        self.best_params = model.state_dict()
+        self.averaged = model
+        if settings.average:
+            self.averaged = LanguageModel(**model.config())
+            self.averaged.load_state_dict(model.params)
+        self.best_params = self.averaged.state_dict()
         self.state: State = model.zero_state(batch)
         self._grads = {key: np.zeros_like(value) for key, value in model.params.items()}
         self._losses: list[float] = []
@@ -190,7 +199,7 @@ class Trainer:
         """The best weights: of the looks that are due, or at the end of the run."""
         # Before the first look, and without validation, the latest are the best that there is.
         latest = self._last_is_best or math.isnan(self.best_val_loss)
-        return self.model.params if latest else self.best_params
+        return self.averaged.params if latest else self.best_params
 
     @property
     def tokens(self) -> int:
@@ -254,6 +263,9 @@ class Trainer:
             )
         self.optimizer.lr = self.schedule.rate(settings.lr, self.step, self.total)
         self.optimizer.step(grads)
+        if settings.average:
+            share = max(1 - settings.average, 9 / (10 + self.step))
+            blend_(self.averaged.params, self.model.params, share)
         self.state, self.loss, self.grad_norm = state, loss, norm
         self.step += 1
         self._last_is_best = False
@@ -293,7 +305,7 @@ class Trainer:
         self._last_is_best = better and not due
         if better and due:
             self.best_val_loss = self.val_loss
-            self.best_params = self.model.state_dict()
+            self.best_params = self.averaged.state_dict()
         self._tell("on_validation")
         self._write()
 
@@ -312,7 +324,7 @@ class Trainer:
         length = (len(ids) - 1) // batch
         x = ids[: batch * length].reshape(batch, length).T
         targets = ids[1 : batch * length + 1].reshape(batch, length).T
-        losses, _ = self.model.token_losses(x, targets)
+        losses, _ = self.averaged.token_losses(x, targets)
         return float(losses.mean())
 
     def _tell(self, event: str) -> None:
@@ -328,6 +340,8 @@ class Trainer:
         if self._last_is_best and not math.isnan(self.best_val_loss):
             tensors |= {f"best.{key}": value for key, value in self.best_params.items()}
         tensors |= {f"params.{key}": value for key, value in self.model.params.items()}
+        if self.settings.average:
+            tensors |= {f"average.{key}": value for key, value in self.averaged.params.items()}
         tensors |= {f"optimizer.{key}": value for key, value in self.optimizer.state.items()}
         tensors |= {f"state.{i}": np.ascontiguousarray(value) for i, value in enumerate(state)}
         numbers = ("loss", "train_loss", "val_loss", "best_val_loss")
@@ -343,6 +357,9 @@ class Trainer:
     def restore(self, tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> None:
         """Continue from a checkpoint of a run with the same model and text."""
         load_params(self.model.params, _under(tensors, "params."), "checkpoint params")
+        if self.settings.average:
+            averages = _under(tensors, "average.")
+            load_params(self.averaged.params, averages, "checkpoint average")
         best = _under(tensors, "best.")
         self._last_is_best = bool(best)
         best = best or _under(tensors, "model.")

@@ -173,7 +173,7 @@ def test_without_a_terminal_progress_is_sparse_lines():
     done = spawn("train", "fox.txt", *TINY, "--steps", WINDOWS + 5, "--out", "m")
     assert "\r" not in done.stderr
     first, *lines, _ = done.stderr.splitlines()
-    assert first.startswith("900 tokens of 31 kinds; lstm of 1,591 parameters; ")
+    assert first.startswith("900 tokens of 31 kinds; lstm of 1,103 parameters; ")
     assert [line.split(":")[0] for line in lines] == [
         "step 1 of 58",
         "step 53 of 58",
@@ -270,6 +270,7 @@ def test_every_option_reaches_the_run(train):
         "--clip-norm": 0.5,
         "--optimizer": "adagrad",
         "--schedule": "cosine",
+        "--average": 0.5,
         "--val-fraction": 0.1,
         "--seed": 9,
     }
@@ -295,6 +296,7 @@ def test_every_option_reaches_the_run(train):
         "steps": 4,
         "epochs": None,
         "minutes": None,
+        "average": 0.5,
         "val_fraction": 0.1,
         "val_every": 0,
         "seed": 9,
@@ -307,8 +309,8 @@ class Caught(Exception):
     """What a run would have been made of."""
 
 
-@pytest.mark.parametrize(("level", "embedding"), [("char", 0), ("byte", 0), ("word", 256)])
-def test_defaults_are_those_of_the_help(level, embedding, monkeypatch):
+@pytest.mark.parametrize("level", ["char", "byte", "word"])
+def test_defaults_are_those_of_the_help(level, monkeypatch):
     def catch(model, tokens, settings, **options):
         raise Caught(model, settings)
 
@@ -322,13 +324,14 @@ def test_defaults_are_those_of_the_help(level, embedding, monkeypatch):
         "hidden_size": 256,
         "cell": "lstm",
         "num_layers": 1,
-        "embedding_size": embedding,
+        "embedding_size": 256,
         "dropout": 0,
         "dtype": "float32",
     }
     assert (settings.batch, settings.tbptt_steps, settings.lr) == (32, 64, 0.002)
     assert (settings.clip_norm, settings.val_fraction, settings.seed) == (5, 0.05, 0)
     assert (settings.optimizer, settings.schedule) == ("adam", "constant")
+    assert settings.average == 0.99
     assert (settings.steps, settings.epochs) == (None, None)
     assert settings.minutes > 0
 
@@ -351,8 +354,8 @@ def test_every_cell_on_every_level_trains_samples_and_scores(cell, level, train,
     assert model.cell == cell
     assert description["vocabulary"]["level"] == level
     assert (model.embedding_size, model.vocab_size > 100) == {
-        "char": (0, False),
-        "byte": (0, True),
+        "char": (8, False),
+        "byte": (8, True),
         "word": (8, False),
     }[level]
     done = cli("sample", "m", "--prompt", "Zwölf ", "--length", 20, "--seed", 1)
@@ -741,11 +744,11 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(cli, resume):
     steps = 0
     for _ in range(3):
         with endless(*first) as process:
+            while not Path("m").exists() and process.poll() is None:
+                time.sleep(0.01)
             time.sleep(delays.uniform(0, 0.2))
             process.kill()
             process.wait(LIMIT)
-        if not Path("m").exists():
-            continue
         model, _, description = load_model("m")
         assert all(np.isfinite(value).all() for value in model.params.values())
         assert description["run"]["step"] > steps

@@ -71,6 +71,79 @@ def test_shapes_and_types(cell):
     assert new_layer(cell, n_in, H).dtype == F4
 
 
+SIZES = [(4, 3, 7, 5, 6), (1, 1, 1, 1, 1), (5, 2, 40, 33, 17), (3, 7, 5, 300, 47)]
+
+
+@each_cell
+@each_dtype
+@pytest.mark.parametrize(("steps", "batch", "count", "width", "size"), SIZES)
+def test_vectors_of_tokens_are_what_their_rows_are(cell, dtype, steps, batch, count, width, size):
+    rng = np.random.default_rng(steps)
+    rnn = new_layer(cell, width, size, 2, dtype=dtype, seed=3)
+    vectors = frozen(rng.standard_normal((count, width)).astype(dtype))
+    tokens = rng.integers(count, size=(steps, batch))
+    d_output = rng.standard_normal((steps, batch, size)).astype(dtype)
+    want, want_state, saved_want = rnn.forward(vectors[tokens])
+    got, state, saved = rnn.forward(tokens, vectors=vectors)
+    for part, value in zip(as_parts(state), as_parts(want_state), strict=True):
+        same(part, value)
+    same(got, want)
+    same(rnn(tokens, vectors=vectors)[0], want)
+    same(rnn(vectors[tokens])[0], want)
+    d_x, d_want, grads_want = rnn.backward(saved_want, d_output)
+    d_rows, d_state, grads = rnn.backward(saved, d_output)
+    for part, value in zip(as_parts(d_state), as_parts(d_want), strict=True):
+        same(part, value)
+    exact = np.zeros((count, width))
+    np.add.at(exact, tokens, d_x)
+    terms = steps * batch * width
+    agree(d_rows, exact, dtype, terms, "vectors")
+    for key, value in grads_want.items():
+        agree(grads[key], value.astype(np.float64), dtype, terms, key, scale=1e-3)
+        if key != "weight_ih_l0":
+            same(grads[key], value, key)
+
+
+@each_cell
+def test_vectors_with_threads_gradients_given_and_a_state(cell):
+    rng = np.random.default_rng(5)
+    rnn = new_layer(cell, 20, 18, seed=3, batch_first=True)
+    vectors, tokens = rng.standard_normal((9, 20)).astype(F4), rng.integers(9, size=(4, 6))
+    found = []
+    for count in (1, 2, 3):
+        with threads(count):
+            y, _, saved = rnn.forward(tokens, vectors=vectors)
+            d_vectors, _, grads = rnn.backward(saved, y, retain=True)
+            none, _, more = rnn.backward(saved, y, grads=grads, need_d_x=False)
+            assert none is None
+            found.append({"y": y, "vectors": d_vectors} | more)
+    for other in found[1:]:
+        same_results(other, found[0])
+    _, _, saved = rnn.forward(tokens, vectors=vectors)
+    once = rnn.backward(saved, y)[2]
+    for key, value in found[0].items():
+        if key in once:
+            agree(value, 2.0 * once[key].astype(F8), F4, 24 * 20, key)
+
+
+def test_bad_vectors_are_named():
+    rnn = fastrnn.LSTM(5, 4)
+    tokens = np.zeros((2, 3), int)
+    cases = [
+        (tokens, zeros(7, 6), ValueError, "vectors: expected shape (V, input_size) = (V, 5)"),
+        (tokens, zeros(7), ValueError, "vectors: expected shape"),
+        (tokens, zeros(0, 5), ValueError, "vectors: expected shape"),
+        (tokens, zeros(7, 5, dtype=F8), TypeError, "vectors: expected float32"),
+        (tokens, "ab", TypeError, "vectors: expected an array"),
+        (tokens + 7, zeros(7, 5), ValueError, "x: expected tokens in [0, 7), got 7"),
+        (zeros(2, 3, 5), zeros(7, 5), TypeError, "x: expected integer tokens beside vectors"),
+    ]
+    for x, vectors, error, message in cases:
+        for call in (rnn, rnn.forward):
+            with pytest.raises(error, match=says(message)):
+                call(x, vectors=vectors)
+
+
 @each_cell
 @pytest.mark.parametrize("tokens", [False, True], ids=["dense", "tokens"])
 def test_layouts_agree(cell, tokens):

@@ -344,12 +344,37 @@ def test_a_seed_draws_the_same_weights_and_another_one_others():
         assert (value != new_model(seed=3).params[key]).any(), key
 
 
-def test_the_forget_gate_starts_open():
-    params = new_model("lstm").params
-    for layer in range(2):
-        assert (params[f"rnn.bias_ih_l{layer}"][H : 2 * H] == 1).all()
-        assert (params[f"rnn.bias_hh_l{layer}"][H : 2 * H] == 0).all()
-        assert (np.abs(params[f"rnn.bias_ih_l{layer}"][:H]) < 0.6).all()
+@each_cell
+@each_dropout
+@each_dtype
+def test_an_embedding_may_be_read_by_token_or_by_step(cell, p, dtype, rng, monkeypatch):
+    model = new_model(cell, E, p, dtype=dtype)
+    tokens, targets, *_ = new_data(rng, model)
+    found = []
+    for few in (0, model.vocab_size):
+        monkeypatch.setattr(models, "_FEW", few)
+        found.append(model.loss_and_grads(tokens, targets, seed=7))
+    (want, grads_want, state_want), (got, grads, state) = found
+    assert got == want
+    for part, value in zip(as_parts(state), as_parts(state_want), strict=True):
+        np.testing.assert_array_equal(part, value)
+    bound = 1e-12 if dtype is np.float64 else 1e-4
+    for key, value in grads_want.items():
+        error = np.linalg.norm(grads[key] - value) / np.linalg.norm(value)
+        assert error <= bound, key
+        assert key in ("embedding.weight", "rnn.weight_ih_l0") or not error
+
+
+@each_cell
+def test_logits_are_the_same_however_the_embedding_is_read(cell, rng):
+    model = new_model(cell, E, dtype=np.float32)
+    tokens, *_ = new_data(rng, model, steps=3 * model.vocab_size, batch=1)
+    whole, _ = model(tokens)
+    state, rows = None, []
+    for step in range(len(tokens)):
+        logits, state = model(tokens[step : step + 1], state)
+        rows.append(logits)
+    np.testing.assert_array_equal(np.concatenate(rows), whole)
 
 
 # Descriptions

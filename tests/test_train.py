@@ -250,6 +250,61 @@ def test_single_precision_has_the_first_ten_losses_of_the_loop(cell):
     np.testing.assert_allclose(record.losses, losses, atol=1e-6, rtol=0)
 
 
+# The mean of the weights
+
+
+@pytest.mark.parametrize("average", [0.3, 0.99])
+def test_what_is_validated_and_kept_is_the_mean_of_the_weights(average):
+    weights, means = [], []
+
+    class Watch(Callback):
+        def on_step(self, trainer):
+            weights.append(trainer.model.state_dict())
+
+        def on_validation(self, trainer):
+            means.append((trainer.step, trainer.val_loss, trainer.averaged.state_dict()))
+
+    settings = new_settings(average=average, val_every=4, lr=0.02)
+    trainer = Trainer(new_model(), NOISE, settings, callbacks=[Watch()])
+    mean = {key: value.astype(np.float64) for key, value in trainer.model.state_dict().items()}
+    trainer.fit()
+    looks = {step: (loss, found) for step, loss, found in means}
+    assert sorted(looks) == [4, 8, 12, 13]
+    for step, latest in enumerate(weights, 1):
+        share = max(1 - average, 9 / (9 + step))
+        for key, value in mean.items():
+            mean[key] = (1 - share) * value + share * latest[key]
+        if step in looks:
+            loss, found = looks[step]
+            for key, value in mean.items():
+                np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-7)
+            judge = new_model()
+            judge.load_state_dict(found)
+            other = Trainer(judge, NOISE, new_settings())
+            assert loss == other.validate()
+    best = min(looks, key=lambda step: looks[step][0])
+    same_results(dict(trainer.kept_params), looks[best][1])
+    assert any((trainer.kept_params[k] != v).any() for k, v in trainer.model.params.items())
+
+
+def test_the_weights_that_are_trained_know_nothing_of_their_mean():
+    found = []
+    for average in (0, 0.9):
+        trainer = Trainer(new_model(), NOISE, new_settings(average=average))
+        trainer.fit()
+        found.append(trainer.model.state_dict())
+    same_results(*found)
+
+
+def test_a_file_without_the_mean_is_no_run_that_has_one():
+    trainer = Trainer(new_model(), NOISE, new_settings(average=0.9, steps=3))
+    trainer.fit()
+    tensors, run = snapshot(trainer)
+    del tensors["average.head.bias"]
+    with pytest.raises(ValueError, match=r"checkpoint average: .*missing \['head.bias'\]"):
+        Trainer(new_model(), NOISE, new_settings(average=0.9)).restore(tensors, run)
+
+
 # Stopping and resuming
 
 
@@ -284,9 +339,10 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(optimizer, schedule):
     assert record.looks == told.looks
 
 
+@pytest.mark.parametrize("average", [0, 0.7])
 @pytest.mark.parametrize("stop", range(1, 14))
-def test_a_run_may_be_stopped_after_any_step(stop):
-    settings = new_settings(schedule="plateau", val_every=3, lr=1.0)
+def test_a_run_may_be_stopped_after_any_step(stop, average):
+    settings = new_settings(schedule="plateau", val_every=3, lr=1.0, average=average)
     sizes = {"cell": "gru", "dropout": 0.2, "embedding_size": 3}
     whole, told = broken_run([], settings, sizes)
     assert whole[1]["schedule"]["scale"] < 1, "the rate never fell: this tests nothing"
@@ -305,9 +361,11 @@ def test_a_run_may_be_stopped_after_every_step():
     assert record.losses == told.losses
 
 
+@pytest.mark.parametrize("average", [0, 0.9])
 @pytest.mark.parametrize("val_fraction", [0.1, 0.0])
-def test_a_finished_run_may_go_on_and_has_the_bits_of_a_longer_one(val_fraction):
+def test_a_finished_run_may_go_on_and_has_the_bits_of_a_longer_one(val_fraction, average):
     options = {"schedule": "plateau", "lr": 0.1, "val_fraction": val_fraction, "val_every": 3}
+    options["average"] = average
     whole, told = broken_run([], new_settings(steps=17, **options), {})
     record = Record()
     trainer = Trainer(new_model(), NOISE, new_settings(steps=8, **options), callbacks=[record])
@@ -327,7 +385,7 @@ def test_a_finished_run_may_go_on_and_has_the_bits_of_a_longer_one(val_fraction)
 @pytest.mark.parametrize("stop", [3, WINDOWS, 7])
 def test_a_run_goes_on_from_a_file(stop, tmp_path):
     path = tmp_path / "model.safetensors"
-    settings = new_settings(schedule="plateau", lr=0.1, val_every=4)
+    settings = new_settings(schedule="plateau", lr=0.1, val_every=4, average=0.8)
 
     def save(trainer):
         tensors, run = trainer.checkpoint()
@@ -763,6 +821,8 @@ def test_a_validation_loss_that_is_not_finite_is_divergence():
         ({"lr": "fast"}, "lr: expected a number, got 'fast'"),
         ({"clip_norm": -1}, "clip_norm: expected a number in [0, inf), got -1"),
         ({"clip_norm": math.inf}, "clip_norm: expected a number in [0, inf), got inf"),
+        ({"average": 1}, "average: expected a number in [0, 1), got 1"),
+        ({"average": "mean"}, "average: expected a number, got 'mean'"),
         ({"optimizer": "Adam"}, "optimizer: expected one of sgd, rmsprop, adagrad, adam, adamw"),
         ({"schedule": "step"}, "schedule: expected one of constant, cosine, plateau"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
