@@ -697,6 +697,10 @@ def test_importing_installs_no_handlers_and_prints_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+def saved_at(path):
+    return Path(path).stat().st_mtime_ns if Path(path).exists() else 0
+
+
 @contextlib.contextmanager
 def endless(*arguments):
     """A process that trains until it is told to stop, past its first step."""
@@ -743,8 +747,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(cli, resume):
     first = ("text.txt", *line, "--out", "m")
     steps = 0
     for _ in range(3):
+        before = saved_at("m")
         with endless(*first) as process:
-            while not Path("m").exists() and process.poll() is None:
+            while saved_at("m") == before and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(delays.uniform(0, 0.2))
             process.kill()
