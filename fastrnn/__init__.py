@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastrnn import checkpoint, clip, generate, loss, models, optim, score, text, train
-    from fastrnn.layers import GRU, LSTM, RNN, Embedding, Linear
+    from fastrnn.dense import Embedding, Linear
+    from fastrnn.layers import GRU, LSTM, RNN
     from fastrnn.parallel import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -36,7 +37,8 @@ __all__ = [
     "train",
 ]
 
-_PLACES = dict.fromkeys(("GRU", "LSTM", "RNN", "Embedding", "Linear"), "layers")
+_PLACES = dict.fromkeys(("GRU", "LSTM", "RNN"), "layers")
+_PLACES |= dict.fromkeys(("Embedding", "Linear"), "dense")
 _PLACES |= dict.fromkeys(("get_num_threads", "set_num_threads"), "parallel")
 
 

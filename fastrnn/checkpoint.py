@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-__all__ = ["load", "pack_rng", "save", "unpack_rng"]
+__all__ = ["load", "save"]
 
 _KEY = "fastrnn"
 _VERSION = 1
@@ -107,61 +107,6 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
         raise OSError(error.errno, what, name) from error
     except ValueError as error:
         raise ValueError(f"cannot load the checkpoint {name!r}: {error}") from error
-
-
-def pack_rng(rng: np.random.Generator) -> dict[str, Any]:
-    """The state of a generator as JSON values (two integers have up to 128 bits).
-
-    Raises:
-        ValueError: not a `numpy.random.Generator` over PCG64, as `default_rng` makes it.
-    """
-    if not isinstance(rng, np.random.Generator):
-        raise ValueError(f"rng: expected a numpy.random.Generator, got {type(rng).__name__}")
-    state: Any = rng.bit_generator.state
-    if state["bit_generator"] != "PCG64":
-        raise ValueError(f"rng: expected a PCG64 generator, got {state['bit_generator']}")
-    return {
-        "bit_generator": "PCG64",
-        "has_uint32": int(state["has_uint32"]),
-        "inc": int(state["state"]["inc"]),
-        "state": int(state["state"]["state"]),
-        "uinteger": int(state["uinteger"]),
-    }
-
-
-def unpack_rng(packed: Mapping[str, Any]) -> np.random.Generator:
-    """A new generator that goes on where the one given to `pack_rng` stood.
-
-    Raises:
-        ValueError: anything that `pack_rng` could not have returned, naming the field.
-    """
-    limits = {"has_uint32": 2, "inc": 1 << 128, "state": 1 << 128, "uinteger": 1 << 32}
-    if not isinstance(packed, Mapping):
-        raise ValueError(f"rng: expected a mapping, got {type(packed).__name__}")
-    if set(packed) != {"bit_generator", *limits}:
-        fields = ", ".join(["bit_generator", *limits])
-        raise ValueError(f"rng: expected the fields {fields}, got {_show(list(packed))}")
-    if packed["bit_generator"] != "PCG64":
-        raise ValueError(
-            f"rng['bit_generator']: expected 'PCG64', got {_show(packed['bit_generator'])}"
-        )
-    for field, limit in limits.items():
-        value = packed[field]
-        if type(value) is not int or not 0 <= value < limit:
-            raise ValueError(
-                f"rng[{field!r}]: expected an integer of 0..2**{limit.bit_length() - 1} - 1, got"
-                f" {_show(value)}"
-            )
-    if packed["inc"] % 2 == 0:
-        raise ValueError(f"rng['inc']: expected an odd integer, got {packed['inc']}")
-    generator = np.random.PCG64(0)
-    generator.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": packed["state"], "inc": packed["inc"]},
-        "has_uint32": packed["has_uint32"],
-        "uinteger": packed["uinteger"],
-    }
-    return np.random.Generator(generator)
 
 
 def _lay_out(

@@ -32,6 +32,11 @@ def as_size(name: str, value: Any, least: int = 1) -> int:
     return size
 
 
+def as_seed(seed: Any) -> int | None:
+    """An integer from 0, or None."""
+    return None if seed is None else as_size("seed", seed, 0)
+
+
 def as_number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
     """A finite number in [low, high), or in (low, high) with `open_low`."""
     try:

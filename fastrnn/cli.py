@@ -39,6 +39,13 @@ _DEFAULT_MINUTES = 0.75
 _WORDS = 30_000
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
 class _Parser(argparse.ArgumentParser):
     """One line for an error, without the usage."""
 
@@ -50,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fastrnn", description="Train and run recurrent language models on a CPU."
     )
+    parser.add_argument("--version", action="version", version=f"fastrnn {_version('fastrnn')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a language model on a text")
@@ -345,6 +353,12 @@ def _train(options: argparse.Namespace) -> int:
                 f"{count:,} parameters; {parallel.get_num_threads()} threads; first step compiles",
                 file=sys.stderr,
             )
+        if trainer.finished and not options.quiet:
+            print(
+                f"{trainer.step} steps are done, which is the limit of this run; give a larger "
+                "--steps, --epochs or --minutes to go on",
+                file=sys.stderr,
+            )
         before, began = trainer.step, trainer.seconds
         trainer.fit()
     # The first step compiles and is not timed.
@@ -394,6 +408,8 @@ def _load(path: str) -> tuple[LanguageModel, Vocabulary, dict[str, np.ndarray], 
 def _sample(options: argparse.Namespace) -> int:
     model, vocabulary, _, _ = _load(options.model)
     prompt = _encode(vocabulary, options.prompt)
+    if unknown := int(np.sum(prompt == vocabulary.unk_id)):
+        print(f"--prompt: {unknown} of {len(prompt)} tokens are new to the model", file=sys.stderr)
     if not len(prompt):
         prompt = np.array([_boundary(vocabulary)])
     drawn = generate(
@@ -457,11 +473,7 @@ def _info(options: argparse.Namespace) -> int:
 
     machine = simd.machine()
     for name in ("fastrnn", "numpy", "numba", "llvmlite", "safetensors", "tqdm"):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            version = "not installed as a package"
-        print(f"{name:12} {version}")
+        print(f"{name:12} {_version(name)}")
     print(f"{'python':12} {platform.python_version()}, {platform.platform()}")
     print(f"{'cpu':12} {machine.cpu}")
     fused = "fused" if machine.fma else "no fused"

@@ -1,4 +1,4 @@
-"""RNN, GRU, LSTM, Linear and Embedding: parameters, checks, and the kernels around them.
+"""RNN, GRU and LSTM: parameters, checks, and the kernels around them.
 
 Layers keep no memory between calls: what backward needs is in the object that forward returns.
 `backward` adds to `grads` if they are given; pieces of a sequence, last piece first, then give the
@@ -8,9 +8,7 @@ same bits as the whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -23,75 +21,21 @@ from fastrnn.checks import (
     as_dtype,
     as_floats,
     as_number,
+    as_seed,
     as_size,
     as_tokens,
-    check_in_place,
-    load_params,
 )
 from fastrnn.dropout import dropout
 from fastrnn.memory import empty, zeros
+from fastrnn.module import Module, Params, new_grads
 from fastrnn.pack import indices, pack, pack_bias, pack_transposed
 from fastrnn.parallel import parts_for, run
 from fastrnn.simd import lanes, padded
 
-Params = dict[str, np.ndarray]
 State = Any  # h (layers, B, H), or for the LSTM (h, c)
 
 # A chunk of pre-activations of one slice of the batch stays within the second-level cache.
 _CHUNK_BYTES = 1 << 18
-
-
-def new_grads(params: Mapping[str, np.ndarray], grads: Params | None) -> Params:
-    """`grads`, checked against `params`, or zeros."""
-    if grads is None:
-        return _zeros_like(params)
-    if not isinstance(grads, Mapping):
-        raise TypeError(f"grads: expected a mapping of arrays, got {type(grads).__name__}")
-    for key, value in params.items():
-        check_in_place(f"grads[{key!r}]", grads.get(key), value.dtype, value.shape)
-    return grads
-
-
-def _zeros_like(params: Mapping[str, np.ndarray]) -> Params:
-    """Zeros, in one piece of memory."""
-    ends = list(accumulate(-(-value.size // 16) * 16 for value in params.values()))
-    memory = zeros(ends[-1], next(iter(params.values())).dtype)
-    grads = {}
-    for (key, value), start in zip(params.items(), (0, *ends), strict=False):
-        grads[key] = memory[start : start + value.size].reshape(value.shape)
-    return grads
-
-
-class Module:
-    """Parameters by name."""
-
-    params: Mapping[str, np.ndarray]
-    dtype: np.dtype
-    _shapes: dict[str, tuple[int, ...]]
-
-    def _own(self, params: Params) -> None:
-        self.params = params
-        self._shapes = {key: value.shape for key, value in params.items()}
-
-    def check_params(self) -> None:
-        """Raise if an array was put into `params` that kernels cannot read by address."""
-        for key, shape in self._shapes.items():
-            p = self.params.get(key)
-            if not (
-                isinstance(p, np.ndarray)
-                and p.shape == shape
-                and p.dtype == self.dtype
-                and p.flags.c_contiguous
-            ):
-                check_in_place(f"params[{key!r}]", p, self.dtype, shape)
-
-    def state_dict(self) -> Params:
-        """A copy of the parameters."""
-        return {key: value.copy() for key, value in self.params.items()}
-
-    def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
-        """Copy `mapping` into the parameters: the same keys and shapes, else ValueError."""
-        load_params(self.params, mapping)
 
 
 @dataclass
@@ -170,7 +114,7 @@ class _Recurrent(Module):
         self.batch_first = bool(batch_first)
         self.dropout = as_number("dropout", dropout, 0, 1)
         self.dtype = as_dtype(dtype)
-        random = np.random.default_rng(seed)
+        random = np.random.default_rng(as_seed(seed))
         bound = 1 / math.sqrt(self.hidden_size)
         rows = self.cell.gates * self.hidden_size
         params = {}
@@ -245,6 +189,7 @@ class _Recurrent(Module):
             x = x.copy()
         steps, batch = x.shape[:2]
         states = self._initial(state, batch, unbatched)
+        seed = as_seed(seed)
         if keep and self.dropout and self.num_layers > 1 and seed is None:
             seed = int(self._seeds.integers(2**63))
         saved = []
@@ -587,133 +532,3 @@ class LSTM(_Recurrent):
 
     cell = CELLS["lstm"]
     state_names = ("h", "c")
-
-
-class Linear(Module):
-    """y = x W.T + b, with `weight` (out_features, in_features) and `bias` (out_features,)."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        dtype: Any = np.float32,
-        seed: int | None = None,
-    ) -> None:
-        self.in_features = as_size("in_features", in_features)
-        self.out_features = as_size("out_features", out_features)
-        self.dtype = as_dtype(dtype)
-        random = np.random.default_rng(seed)
-        bound = 1 / math.sqrt(self.in_features)
-        shapes: dict[str, tuple] = {"weight": (self.out_features, self.in_features)}
-        if bias:
-            shapes["bias"] = (self.out_features,)
-        self._own(
-            {
-                key: random.uniform(-bound, bound, shape).astype(self.dtype)
-                for key, shape in shapes.items()
-            }
-        )
-
-    def __call__(self, x: Any) -> np.ndarray:
-        """x (..., in_features) -> y (..., out_features)."""
-        return self.forward(x)[0]
-
-    def forward(self, x: Any) -> tuple[np.ndarray, np.ndarray]:
-        """y, and what backward needs (x itself)."""
-        self.check_params()
-        array = as_array("x", x)
-        lead = (None,) * max(0, array.ndim - 1)
-        names = "(" + "..., " * len(lead) + "I)"
-        array = as_floats("x", array, self.dtype, (*lead, self.in_features), names)
-        rows = array.reshape(-1, self.in_features)
-        y = empty((len(rows), self.out_features), self.dtype)
-        bias = self.params.get("bias")
-        if bias is None:
-            bias = np.zeros(self.out_features, self.dtype)
-        weight = pack_transposed(self.params["weight"], (0,))
-        parts = parts_for(rows.size * self.out_features, len(rows))
-        run(gemm.affine, parts, rows, weight, bias, y)
-        return y.reshape(*array.shape[:-1], self.out_features), array
-
-    def backward(
-        self, saved: np.ndarray, d_y: Any, grads: Params | None = None, *, need_d_x: bool = True
-    ) -> tuple[np.ndarray | None, Params]:
-        """d_x like x (None if not needed) and the gradients of the parameters."""
-        self.check_params()
-        lead = (None,) * max(0, np.ndim(saved) - 1)
-        names = "(" + "..., " * len(lead) + "I)"
-        saved = as_floats("saved", saved, self.dtype, (*lead, self.in_features), names)
-        grads = new_grads(self.params, grads)
-        shape = (*saved.shape[:-1], self.out_features)
-        names = "(" + "..., " * (len(shape) - 1) + "O)"
-        d_y = as_floats("d_y", d_y, self.dtype, shape, names)
-        x = saved.reshape(-1, 1, self.in_features) if saved.ndim < 3 else saved
-        steps, batch = x.shape[0], math.prod(x.shape[1:-1])
-        count = steps * batch
-        d_x = empty((count if need_d_x else 0, self.in_features), self.dtype)
-        zeros = np.zeros(self.in_features, self.dtype)
-        packed = pack(self.params["weight"], (0,), self.out_features) if need_d_x else zeros
-        d_bias = grads.get("bias")
-        if d_bias is None:
-            d_bias = np.zeros(self.out_features, self.dtype)
-        run(
-            gemm.affine_gradients,
-            parts_for(count * self.in_features * self.out_features, self.out_features),
-            x.reshape(steps, batch, self.in_features),
-            d_y.reshape(steps, batch, self.out_features),
-            packed,
-            zeros,
-            d_x,
-            grads["weight"],
-            d_bias,
-        )
-        return (d_x.reshape(saved.shape) if need_d_x else None), grads
-
-
-class Embedding(Module):
-    """Rows of `weight` (num_embeddings, embedding_dim) by token."""
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        *,
-        dtype: Any = np.float32,
-        seed: int | None = None,
-    ) -> None:
-        self.num_embeddings = as_size("num_embeddings", num_embeddings)
-        self.embedding_dim = as_size("embedding_dim", embedding_dim)
-        self.dtype = as_dtype(dtype)
-        values = np.random.default_rng(seed).standard_normal((num_embeddings, embedding_dim))
-        self._own({"weight": values.astype(self.dtype)})
-
-    def __call__(self, tokens: Any) -> np.ndarray:
-        """Integers (...) -> vectors (..., embedding_dim)."""
-        return self.forward(tokens)[0]
-
-    def forward(self, tokens: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors, and what backward needs (the tokens)."""
-        self.check_params()
-        array = self._tokens("tokens", tokens)
-        return self.params["weight"][array], array
-
-    def backward(self, saved: np.ndarray, d_y: Any, grads: Params | None = None) -> Params:
-        """The gradient of `weight` from that of the vectors."""
-        saved = self._tokens("saved", saved)
-        grads = new_grads(self.params, grads)
-        shape = (*saved.shape, self.embedding_dim)
-        names = "(" + "..., " * saved.ndim + "E)"
-        d_y = as_floats("d_y", d_y, self.dtype, shape, names)
-        tokens = saved.reshape(saved.shape[0] if saved.ndim > 1 else 1, -1)
-        rows = d_y.reshape(*tokens.shape, self.embedding_dim)
-        unused = np.zeros(self.embedding_dim, self.dtype)
-        parts = parts_for(d_y.size * 4, self.embedding_dim // lanes(self.dtype))
-        run(gemm.scatter_rows, parts, tokens, rows, grads["weight"], unused)
-        return grads
-
-    def _tokens(self, name: str, tokens: Any) -> np.ndarray:
-        array = as_array(name, tokens)
-        names = "(" + ", ".join(["..."] * array.ndim) + ")"
-        return as_tokens(name, array, self.num_embeddings, (None,) * array.ndim, names)

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.checks import as_choice, as_dtype, as_number, as_size, as_tokens
+from fastrnn.checks import as_choice, as_dtype, as_number, as_seed, as_size, as_tokens
+from fastrnn.dense import Embedding, Linear
 from fastrnn.dropout import dropout
-from fastrnn.layers import GRU, LSTM, RNN, Embedding, Linear, Module, Params, State, new_grads
+from fastrnn.layers import GRU, LSTM, RNN, State
 from fastrnn.loss import softmax_cross_entropy, token_losses
 from fastrnn.memory import empty
+from fastrnn.module import Module, Params, new_grads
 
 CELL_NAMES = ("lstm", "gru", "rnn")
 # Seeds of one step: one for each layer, the last for the dropout before the head.
@@ -60,7 +62,7 @@ class LanguageModel(Module):
         self.embedding_size = as_size("embedding_size", embedding_size, 0)
         self.dropout = as_number("dropout", dropout, 0, 1)
         self.dtype = as_dtype(dtype)
-        seeds = [int(s) for s in np.random.default_rng(seed).integers(2**63, size=3)]
+        seeds = [int(s) for s in np.random.default_rng(as_seed(seed)).integers(2**63, size=3)]
         self.embedding = None
         if self.embedding_size:
             self.embedding = Embedding(
@@ -148,6 +150,7 @@ class LanguageModel(Module):
         Returns the mean loss in nats, the gradients by the keys of `params`, the state after.
         """
         grads = new_grads(self.params, grads)
+        seed = as_size("seed", seed, 0)
         parts = {
             name: {key: grads[f"{name}.{key}"] for key in part.params}
             for name, part in self._parts.items()

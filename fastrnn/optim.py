@@ -33,7 +33,8 @@ def _sgd(part, parts, p, g, v, lr, momentum, decay, fresh):
     mode = flush_denormals()
     for i in range(p.size * part // parts, p.size * (part + 1) // parts):
         d = g[i] + decay * p[i]
-        v[i] = d if fresh else momentum * v[i] + d
+        # Without momentum an infinity that is left in v must not come back as NaN.
+        v[i] = d if fresh or momentum == 0 else momentum * v[i] + d
         p[i] -= lr * v[i]
     restore_denormals(mode)
 

@@ -214,9 +214,9 @@ class Trainer:
         before = self.seconds
         compiling = 0.0
         try:
-            if self._finished():
+            if self.finished:
                 self._write()
-            while not self._finished():
+            while not self.finished:
                 self._train_step()
                 if not compiling:
                     compiling = time.perf_counter() - began
@@ -226,7 +226,7 @@ class Trainer:
                 stopping = self._stop()
                 due = self.step % every == 0
                 # A run that is stopped looks where an unbroken one does, and nowhere else.
-                if due or self._finished():
+                if due or self.finished:
                     self._look(due)
                     self.seconds = before + time.perf_counter() - began
                 elif stopping or time.perf_counter() - (self._saved or began) > _SAVE_SECONDS:
@@ -237,7 +237,9 @@ class Trainer:
         finally:
             self._tell("on_end")
 
-    def _finished(self) -> bool:
+    @property
+    def finished(self) -> bool:
+        """Whether a limit is reached."""
         minutes = self.settings.minutes
         return (self.total is not None and self.step >= self.total) or (
             minutes is not None and self.step > 0 and self.seconds >= 60 * minutes

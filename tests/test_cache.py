@@ -166,7 +166,7 @@ def test_a_second_process_loads(shared):
 EDITS = {
     "the product": (
         "linear",
-        "gemm.py",
+        "tile.py",
         r"\Z",
         "\n_single = multiply_add\n"
         "def multiply_add(builder, vec, a, b, c):\n"

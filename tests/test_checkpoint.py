@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from fastrnn import checkpoint
-from fastrnn.checkpoint import load, pack_rng, save, unpack_rng
+from fastrnn.checkpoint import load, save
 
 # A shared machine may stall any single example.
 patient = settings(deadline=None)
@@ -833,92 +833,3 @@ def test_a_sparse_file_does_not_count_as_data(scratch):
         tracemalloc.stop()
         os.truncate(scratch, 0)
     assert peak < 1_000_000
-
-
-# Random generators
-
-
-@patient
-@given(st.integers(0, 2**64), st.integers(0, 5))
-def test_generators_go_on_where_they_stood(seed, draws):
-    rng = np.random.default_rng(seed)
-    # An odd number of 32-bit draws leaves half a word behind, which counts too.
-    rng.integers(0, 2**32, size=draws, dtype=np.uint32)
-    packed = pack_rng(rng)
-    copy = unpack_rng(json.loads(json.dumps(packed)))
-    assert pack_rng(copy) == packed
-    draws = [
-        (g.integers(0, 2**32, 3, np.uint32).tolist(), g.standard_normal(3).tolist(), g.random())
-        for g in (rng, copy)
-    ]
-    assert draws[0] == draws[1]
-    assert pack_rng(copy) == pack_rng(rng) != packed
-
-
-def test_generators_in_checkpoints(scratch):
-    rng = np.random.default_rng(5)
-    save(scratch, {}, {"rng": pack_rng(rng)})
-    assert unpack_rng(load(scratch)[1]["rng"]).random() == rng.random()
-
-
-@pytest.mark.parametrize(
-    ("rng", "message"),
-    [
-        (None, "rng: expected a numpy.random.Generator, got NoneType"),
-        (np.random.PCG64(1), "rng: expected a numpy.random.Generator, got PCG64"),
-        (np.random.Generator(np.random.MT19937(1)), "rng: expected a PCG64 .* got MT19937"),
-        (np.random.Generator(np.random.PCG64DXSM(1)), "rng: expected a PCG64 .* got PCG64DXSM"),
-    ],
-)
-def test_generators_that_cannot_be_packed(rng, message):
-    with pytest.raises(ValueError, match=message):
-        pack_rng(rng)
-
-
-GOOD = {"bit_generator": "PCG64", "has_uint32": 0, "inc": 7, "state": 5, "uinteger": 0}
-
-
-def test_the_smallest_and_the_largest_state():
-    for fields in ({"state": 0, "inc": 1}, {"state": 2**128 - 1, "inc": 2**128 - 1}):
-        packed = {**GOOD, "has_uint32": 1, "uinteger": 2**32 - 1, **fields}
-        assert pack_rng(unpack_rng(packed)) == packed
-
-
-@pytest.mark.parametrize(
-    ("packed", "message"),
-    [
-        (None, "rng: expected a mapping, got NoneType"),
-        ([], "rng: expected a mapping, got list"),
-        ({}, r"rng: expected the fields bit_generator, .* got \[\]"),
-        ({**GOOD, "more": 1}, "rng: expected the fields .*'more'"),
-        ({key: GOOD[key] for key in list(GOOD)[1:]}, "rng: expected the fields bit_generator"),
-        ({**GOOD, "bit_generator": "MT19937"}, r"rng\['bit_generator'\]: .* got 'MT19937'"),
-        ({**GOOD, "bit_generator": ["PCG64"]}, r"rng\['bit_generator'\]: .* got \['PCG64'\]"),
-        ({**GOOD, "state": -1}, r"rng\['state'\]: expected an integer of 0..2\*\*128 - 1, got -1"),
-        ({**GOOD, "state": 2**128}, r"rng\['state'\]: .* got 3402"),
-        ({**GOOD, "state": 10**5000}, "Exceeds the limit|got <int instance"),
-        ({**GOOD, "state": 5.0}, r"rng\['state'\]: .* got 5.0"),
-        ({**GOOD, "state": "5"}, r"rng\['state'\]: .* got '5'"),
-        ({**GOOD, "state": None}, r"rng\['state'\]: .* got None"),
-        ({**GOOD, "inc": 2**128 + 1}, r"rng\['inc'\]: .* got 3402"),
-        ({**GOOD, "inc": 6}, r"rng\['inc'\]: expected an odd integer, got 6"),
-        ({**GOOD, "has_uint32": 2}, r"rng\['has_uint32'\]: .* 0..2\*\*1 - 1, got 2"),
-        ({**GOOD, "has_uint32": True}, r"rng\['has_uint32'\]: .* got True"),
-        ({**GOOD, "uinteger": 2**32}, r"rng\['uinteger'\]: .* 0..2\*\*32 - 1, got 4294967296"),
-        ({**GOOD, "uinteger": [0]}, r"rng\['uinteger'\]: .* got \[0\]"),
-    ],
-    ids=range(19),
-)
-def test_hostile_generators(packed, message):
-    with pytest.raises(ValueError, match=message):
-        unpack_rng(packed)
-
-
-@patient
-@given(st.fixed_dictionaries({key: st.just(GOOD[key]) | json_values for key in GOOD}) | json_values)
-def test_any_json_is_a_generator_or_a_value_error(packed):
-    try:
-        rng = unpack_rng(packed)
-    except ValueError:
-        return
-    assert pack_rng(rng) == packed

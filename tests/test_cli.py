@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -784,6 +785,26 @@ def test_resume_takes_another_kind_of_limit(train, resume):
     train(steps=7)
     assert resume("m", "--epochs", 0.2)["steps"] == 11
     assert resume("m", "--epochs", 0.1)["steps"] == 11
+
+
+def test_resuming_a_finished_run_says_so(train, cli):
+    train()
+    done = cli("train", "--resume", "m")
+    assert done.code == 0
+    assert "5 steps are done, which is the limit of this run; give a larger --steps" in done.err
+
+
+def test_the_version(cli):
+    done = cli("--version")
+    assert (done.code, done.err) == (0, "")
+    assert re.fullmatch(r"fastrnn (\d+\.\d+\.\d+|not installed as a package)\n", done.out)
+
+
+def test_a_prompt_with_characters_that_the_model_has_never_seen(train, cli):
+    train()
+    done = cli("sample", "m", "--prompt", "the ☃☃", "--length", 3, "--seed", 1)
+    assert (done.code, done.err) == (0, "--prompt: 2 of 6 tokens are new to the model\n")
+    assert cli("sample", "m", "--prompt", "the ", "--length", 3, "--seed", 1).err == ""
 
 
 def test_a_finished_run_is_only_saved_again(train, resume):

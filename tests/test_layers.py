@@ -126,6 +126,32 @@ def test_vectors_with_threads_gradients_given_and_a_state(cell):
             agree(value, 2.0 * once[key].astype(F8), F4, 24 * 20, key)
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, "x"])
+def test_a_bad_seed_is_named(seed):
+    model = fastrnn.models.LanguageModel(5, 3, seed=1)
+    makers = [
+        lambda: fastrnn.LSTM(2, 3, seed=seed),
+        lambda: fastrnn.Linear(2, 3, seed=seed),
+        lambda: fastrnn.Embedding(2, 3, seed=seed),
+        lambda: fastrnn.LSTM(2, 3).forward(zeros(1, 1, 2), seed=seed),
+        lambda: fastrnn.models.LanguageModel(5, 3, seed=seed),
+        lambda: model.loss_and_grads([[1]], [[2]], seed=seed),
+        lambda: fastrnn.generate.generate(model, [1], 3, seed=seed),
+    ]
+    for make in makers:
+        with pytest.raises((ValueError, TypeError), match=r"^seed: expected"):
+            make()
+
+
+def test_sgd_without_momentum_forgets_an_infinity():
+    params = {"w": np.ones(3, F4)}
+    sgd = optim.SGD(params, lr=1.0)
+    for g in (np.inf, -np.inf, 1.0):
+        params["w"][:] = 1
+        sgd.step({"w": np.array([g, 0.5, 0], F4)})
+    np.testing.assert_array_equal(params["w"], [0, 0.5, 1])
+
+
 def test_bad_vectors_are_named():
     rnn = fastrnn.LSTM(5, 4)
     tokens = np.zeros((2, 3), int)

@@ -59,7 +59,12 @@ class Cell:
 
     @functools.cached_property
     def _numba_type_(self) -> CellType:
+        # Numba finds a type that is an attribute much faster than one that has to be asked for.
         return CellType(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The type holds the cell: a cached kernel that held both could not be loaded.
+        return {key: value for key, value in vars(self).items() if key != "_numba_type_"}
 
 
 class CellType(types.Type):
