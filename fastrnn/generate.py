@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastrnn.cells.cell import gates, load_carry, load_tape, output, store_runs
-from fastrnn.checks import as_array, as_number, as_seed, as_size, as_token, as_tokens
+from fastrnn.checks import as_array, as_number, as_size, as_token, as_tokens
 from fastrnn.dropout import random_bits
 from fastrnn.gemm import multiply, scratch
 from fastrnn.jit import helper, kernel
@@ -257,9 +257,9 @@ def generate(
     h = np.array(parts_of_state[0])
     out = np.zeros((length, batch), np.int32)
     counts = np.zeros(batch, np.int64)
-    seed = as_seed(seed)
     if seed is None:
         seed = int(np.random.default_rng().integers(2**63))
+    seed = as_size("seed", seed, -(2**63))
     work = length * batch * (sum(w.size for w in w_x[1:] + w_h) + hidden * vocabulary)
     run(
         _generate,

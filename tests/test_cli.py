@@ -958,7 +958,7 @@ def test_the_same_seed_writes_the_same_text(train, cli):
 
 def test_characters_that_a_model_does_not_know_are_shown_as_such(parrot, cli):
     done = cli("sample", parrot, "--prompt", "aé\U0001f98a\udcff", "--length", 2, "--greedy")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, "--prompt: 3 of 4 tokens are new to the model\n")
     assert done.out.startswith("a\ufffd\ufffd\ufffd")
 
 
