@@ -2,7 +2,8 @@
 
 Layers keep no memory between calls: what backward needs is in the object that forward returns.
 `backward` adds to `grads` if they are given; pieces of a sequence, last piece first, then give the
-same bits as the whole.
+same bits as the whole. (With `vectors`, the gradients of vectors and weight_ih of each call are
+summed up by token first: there, pieces agree with the whole to rounding.)
 """
 
 from __future__ import annotations
@@ -165,10 +166,10 @@ class _Recurrent(Module):
         state   initial state, (num_layers, B, H), for the LSTM a pair (h, c); zeros by default
         vectors (V, input_size): x are tokens below V, and the input is vectors[x], which is never
                 made: V products instead of T*B. The same bits as with vectors[x]; d_x is then the
-                gradient of vectors, it and that of weight_ih being summed up token by token
+                gradient of vectors, which like that of weight_ih is summed up by token first
         seed    of the dropout masks; drawn by the layer if it is not given
         Returns output (T, B, H), the final state, and what `backward` needs. The output is
-        read-only and x must not change until then: backward reads both.
+        read-only, x and vectors must not change until then: backward reads them.
         """
         return self._forward(x, state, lengths, vectors, keep=True, seed=seed)
 
@@ -260,7 +261,8 @@ class _Recurrent(Module):
             carry,
             tape,
         )
-        return _Saved(x, h, carry, tape, vectors, 0)
+        # A view, since backward relies on the shape.
+        return _Saved(x, h, carry, tape, None if vectors is None else vectors.view(), 0)
 
     def backward(
         self,
@@ -385,20 +387,27 @@ class _Recurrent(Module):
             if s.vectors is None:
                 d_w_x.reshape(*gates, inputs)[order] = rows[:, :, :size].transpose(1, 2, 0)
             else:
-                d_x = self._gradient_of_vectors(s.vectors, x_arguments[0], weight_x, d_w_x)
+                d_x = self._gradient_of_vectors(
+                    s.vectors, x_arguments[0], weight_x, d_w_x, want_d_x
+                )
             d_b_x.reshape(gates)[order] = sums[:, :size]
         first = [d_h[:, :size]]
         first += [d_carry[:, i * hidden : i * hidden + size] for i in range(cell.carries)]
         return d_x.reshape(steps, batch, inputs) if want_d_x and not tokens else d_x, first
 
     def _gradient_of_vectors(
-        self, vectors: np.ndarray, d_table: np.ndarray, weight_x: np.ndarray, d_w_x: np.ndarray
+        self,
+        vectors: np.ndarray,
+        d_table: np.ndarray,
+        weight_x: np.ndarray,
+        d_w_x: np.ndarray,
+        want: bool,
     ) -> np.ndarray:
         """The gradient of vectors, from that of their products with W_x; adds to that of W_x."""
         cell, dtype = self.cell, self.dtype
         (count, n), inputs = d_table.shape, vectors.shape[1]
         hidden = n // cell.gates
-        d_vectors = empty(vectors.shape, dtype)
+        d_vectors = empty((count if want else 0, inputs), dtype)
         same_order = d_w_x.shape[0] == n and cell.order_x == tuple(range(cell.gates))
         d_w = d_w_x if same_order else zeros((n, inputs), dtype)
         run(
@@ -406,7 +415,7 @@ class _Recurrent(Module):
             parts_for(count * n * inputs, n // lanes(dtype)),
             vectors[None],
             d_table[None],
-            pack(weight_x, cell.order_x, hidden),
+            pack(weight_x, cell.order_x, hidden) if want else np.zeros(inputs, dtype),
             np.zeros(inputs, dtype),
             d_vectors,
             d_w,

@@ -31,17 +31,20 @@ class _Memory(np.ndarray):
 class _Block(np.ndarray):
     """A view of memory that one array refers to, and whose end gives the memory back."""
 
-    raw: _Memory
-    start: int
+    # None in a view of a block, which is no block itself.
+    raw: _Memory | None = None
+    start = 0
 
     def __del__(self) -> None:
         global _idle_bytes
         raw = self.raw
+        if raw is None:
+            return
         # Never wait: the collector may run this inside the lock. None: the interpreter is ending.
         if _lock is not None and raw.nbytes <= _KEPT and _lock.acquire(blocking=False):
             try:
-                # The sizes that were last used longest ago make room.
-                while _idle_bytes + raw.nbytes > _KEPT:
+                # The sizes that were last asked for longest ago make room.
+                while _idle and _idle_bytes + raw.nbytes > _KEPT:
                     oldest = next(iter(_idle))
                     _idle_bytes -= oldest * len(_idle.pop(oldest))
                 _idle.setdefault(raw.nbytes, []).append((raw, self.start))
@@ -76,7 +79,11 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         finally:
             _lock.release()
     if found is None:
-        raw = _Memory(size, np.uint8)
+        try:
+            raw = _Memory(size, np.uint8)
+        except MemoryError:
+            _give_up_idle()
+            raw = _Memory(size, np.uint8)
         found = raw, _start(raw)
     raw, start = found
     block = raw.view(_Block)
@@ -91,11 +98,16 @@ def zeros(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     return array
 
 
-def _start_over() -> None:
-    global _lock, _idle_bytes
-    _lock = threading.Lock()
+def _give_up_idle() -> None:
+    global _idle_bytes
     _idle.clear()
     _idle_bytes = 0
+
+
+def _start_over() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _give_up_idle()
 
 
 if hasattr(os, "register_at_fork"):

@@ -74,10 +74,10 @@ def _adam(part, parts, p, g, m, v, step, beta1, rest1, beta2, rest2, root, eps, 
 
 
 @kernel
-def _blend(part, parts, mean, p, kept, fresh):
+def _blend(part, parts, mean, p, share):
     mode = flush_denormals()
     for i in range(p.size * part // parts, p.size * (part + 1) // parts):
-        mean[i] = kept * mean[i] + fresh * p[i]
+        mean[i] += share * (p[i] - mean[i])
     restore_denormals(mode)
 
 
@@ -85,8 +85,8 @@ def blend_(means: Mapping[str, np.ndarray], params: Mapping[str, np.ndarray], sh
     """Move every array of `means` by `share` of the way to that of `params`."""
     for key, p in params.items():
         mean = check_in_place(f"means[{key!r}]", means.get(key), p.dtype, p.shape).reshape(-1)
-        numbers = (p.dtype.type(1 - share), p.dtype.type(share))
-        run(_blend, parts_for(p.size * 8, p.size), mean, p.reshape(-1), *numbers)
+        flat = p.reshape(-1)
+        run(_blend, parts_for(p.size * 8, p.size), mean, flat, p.dtype.type(share))
 
 
 class Optimizer:

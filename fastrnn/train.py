@@ -359,9 +359,8 @@ class Trainer:
     def restore(self, tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> None:
         """Continue from a checkpoint of a run with the same model and text."""
         load_params(self.model.params, _under(tensors, "params."), "checkpoint params")
-        if self.settings.average:
-            averages = _under(tensors, "average.")
-            load_params(self.averaged.params, averages, "checkpoint average")
+        averaged = self.averaged.params if self.settings.average else {}
+        load_params(averaged, _under(tensors, "average."), "checkpoint average")
         best = _under(tensors, "best.")
         self._last_is_best = bool(best)
         best = best or _under(tensors, "model.")

@@ -119,3 +119,29 @@ def test_many_threads_never_share():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_views_of_a_block_are_no_blocks(capfd):
+    base = memory.empty(LARGE, np.float32).base
+    views = [base[5:], base.copy(), base.view()]
+    del views, base
+    gc.collect()
+    assert capfd.readouterr().err == ""
+    assert memory._idle_bytes > 0
+
+
+def test_idle_memory_is_given_up_before_an_array_is_refused(monkeypatch):
+    memory.empty(LARGE, np.float32).fill(0)
+    assert memory._idle
+    failures = [MemoryError]
+
+    def scarce(*arguments):
+        if failures:
+            raise failures.pop()
+        assert not memory._idle
+        return original(*arguments)
+
+    original = memory._Memory
+    monkeypatch.setattr(memory, "_Memory", scarce)
+    assert memory.empty(2 * LARGE, np.float32).size == 2 * LARGE
+    assert not failures
