@@ -27,9 +27,11 @@ from fastrnn.simd import (
 )
 from fastrnn.tile import COLS, ROWS, STRIP, tile, tile_of_strip
 
-# Columns of k worked on at a time: a block of a panel, 64 KiB at most, comes from the second-level
+# Columns of k worked on at a time: a block of a panel, 128 KiB at most, comes from the second-level
 # cache; deeper, C is loaded and stored less often.
-DEPTH = 256
+DEPTH = 512
+# Rows of x and d worked on at a time, likewise: their strips are packed and stay closer.
+RUN = 256
 # Rows of A that pass over one panel block before the next.
 HEIGHT = 96
 # Strips that are filled at once: they stay in the second-level cache.
@@ -48,13 +50,13 @@ def scratch(like, count):
 def panel_scratch(like, m):
     """Memory for the panels of `accumulate`."""
     w = width_of(like)
-    return scratch(like, DEPTH * ((m + w - 1) // w) * w)
+    return scratch(like, RUN * ((m + w - 1) // w) * w)
 
 
 @helper
 def strip_scratch(like):
     """Memory for the strips of `accumulate`."""
-    return scratch(like, GROUP * DEPTH * STRIP * width_of(like))
+    return scratch(like, GROUP * RUN * STRIP * width_of(like))
 
 
 @helper
@@ -145,7 +147,7 @@ def _fill_strips(d, d_row, size, first, end, blocks, row, b, batch, depth, strip
                 inside = 0
             if i == STRIP or inside == 0:
                 i = 0
-                line += DEPTH * STRIP * w
+                line += RUN * STRIP * w
         row, b = _next_row(row, b, batch)
 
 
@@ -182,8 +184,8 @@ def accumulate(
     total = steps * batch
     # The row of d and x where a block of rows begins, and its place in its step.
     row, b = (steps - 1) * batch, 0
-    for start in range(0, total, DEPTH):
-        depth = min(DEPTH, total - start)
+    for start in range(0, total, RUN):
+        depth = min(RUN, total - start)
         next_row, next_b = _fill_panel(x, x_row, m, row, b, batch, depth, panel)
         block = first
         while block < end:
@@ -211,7 +213,7 @@ def accumulate(
                             at(panel, left * depth), c, m, c, m,
                         )  # fmt: skip
                 block += take
-                strip = at(strip, DEPTH * STRIP * w)
+                strip = at(strip, RUN * STRIP * w)
         row, b = next_row, next_b
 
 

@@ -35,7 +35,8 @@ from fastrnn.simd import lanes, padded
 
 State = Any  # h (layers, B, H), or for the LSTM (h, c)
 
-# A chunk of pre-activations of one slice of the batch stays within the second-level cache.
+# A chunk of pre-activations of one slice of the batch stays within the second-level cache, unless
+# too few rows would then share a pass over the weights.
 _CHUNK_BYTES = 1 << 18
 
 
@@ -226,7 +227,9 @@ class _Recurrent(Module):
         work = steps * batch * cell.gates * hidden * (size + (0 if tokens else weight_x.shape[1]))
         parts = parts_for(work, batch)
         row = cell.tape * hidden
-        chunk = max(1, min(steps, _CHUNK_BYTES // (-(-batch // parts) * row * dtype.itemsize)))
+        rows = -(-batch // parts)
+        chunk = max(_CHUNK_BYTES // (rows * row * dtype.itemsize), gemm.HEIGHT // rows)
+        chunk = max(1, min(steps, chunk))
         h = empty((steps + 1, batch, size), dtype)
         h[0] = states[0]
         carry = empty((steps + 1 if keep else 1, batch, cell.carries * hidden), dtype)

@@ -272,8 +272,8 @@ def check_accumulate(dtype, T, B, size, m, rng, order=(0,), gap=0, parts=1):
     sums = np.full(gates * size + 2 * w, CANARY, dtype)
     out[w:-w], sums[w:-w] = start.reshape(-1), start_sums
     blocks = gates * run // w
-    panel = np.full(gemm.DEPTH * -(-m // w) * w + w, np.nan, dtype)
-    strip = np.full(gemm.GROUP * gemm.DEPTH * gemm.STRIP * w + w, np.nan, dtype)
+    panel = np.full(gemm.RUN * -(-m // w) * w + w, np.nan, dtype)
+    strip = np.full(gemm.GROUP * gemm.RUN * gemm.STRIP * w + w, np.nan, dtype)
     panel[-w:] = strip[-w:] = CANARY
     for part in range(parts):
         _accumulate(
@@ -300,7 +300,7 @@ def check_accumulate(dtype, T, B, size, m, rng, order=(0,), gap=0, parts=1):
 
 
 @each_dtype
-@pytest.mark.parametrize("rows", around(1, gemm.DEPTH, 2 * gemm.DEPTH))
+@pytest.mark.parametrize("rows", around(1, gemm.RUN, 2 * gemm.RUN))
 def test_accumulate_at_the_edges_of_depth(dtype, rows, rng):
     check_accumulate(dtype, rows, 1, 3, 4, rng)
     check_accumulate(dtype, 1, rows, 3, 4, rng)

@@ -50,8 +50,8 @@ SHAPES = [  # T, B, I, H
     *((3, 2, 4, H) for H in WIDTHS),
     *((3, 2, width, 5) for width in WIDTHS),
     *((2, B, 3, 5) for B in BATCHES),
-    *((T, 1, 3, 5) for T in around(1, gemm.DEPTH)),
-    *((T, 43, 2, 3) for T in (2, 3)),  # T * B one above DEPTH, and one above DEPTH - 43
+    *((T, 1, 3, 5) for T in around(1, gemm.RUN)),
+    *((T, 43, 2, 3) for T in (5, 6)),  # T * B on either side of RUN
     (9, 19, 33, 37),
 ]
 
