@@ -47,10 +47,10 @@ def scratch(like, count):
 
 
 @helper
-def panel_scratch(like, m):
+def panel_scratch(like, m_x, m_h):
     """Memory for the panels of `accumulate`."""
     w = width_of(like)
-    return scratch(like, RUN * ((m + w - 1) // w) * w)
+    return scratch(like, RUN * ((m_x + w - 1) // w + (m_h + w - 1) // w) * w)
 
 
 @helper
@@ -106,25 +106,37 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
 
 
 @helper
-def _fill_panel(x, x_row, m, row, b, batch, depth, panel):
-    """Panels of `depth` rows of x, from (row, b) on; returns the row after them."""
+def _fill_panel(x, m, row, b, batch, depth, panel):
+    """Panels of `depth` rows of x (any, m), from (row, b) on; returns the row after them."""
     w = width_of(x)
     wide = COLS * w
+    whole = m // w * w
     for j in range(depth):
+        source = row * m
         for left in range(0, m, wide):
-            cols = (min(wide, m - left) + w - 1) // w
-            for col in range(left, left + cols * w, w):
-                value = load_n(x, row * x_row + col, m - col)
-                store(panel, left * depth + j * cols * w + col - left, value)
+            right = min(left + wide, m)
+            target = left * depth + j * ((right - left + w - 1) // w * w) - left
+            for col in range(left, min(right, whole), w):
+                store(panel, target + col, load(x, source + col))
+            if right > whole:
+                store(panel, target + whole, load_n(x, source + whole, m - whole))
         row, b = _next_row(row, b, batch)
     return row, b
+
+
+@helper
+def _strip(block, end, blocks):
+    """The run that `block` lies in, its place there, and how many registers its strip has."""
+    run = block // blocks
+    inside = block - run * blocks
+    return run, inside, min(STRIP, end - block, blocks - inside)
 
 
 @helper
 def _group(block, end, blocks):
     """Where the group of up to GROUP strips that begins with `block` ends."""
     for _ in range(GROUP):
-        block += min(STRIP, end - block, blocks - block % blocks)
+        block += _strip(block, end, blocks)[2]
         if block == end:
             break
     return block
@@ -136,84 +148,120 @@ def _fill_strips(d, d_row, size, first, end, blocks, row, b, batch, depth, strip
     w = width_of(d)
     start = first % blocks
     for j in range(depth):
-        line = j * STRIP * w
-        i, inside = 0, start
-        for block in range(first, end):
-            value = load_n(d, row * d_row + block * w, size - inside * w)
-            store(strips, line + i * w, value)
-            i += 1
-            inside += 1
+        target = j * STRIP * w
+        source = row * d_row + first * w
+        block, inside = first, start
+        while block < end:
+            take = min(STRIP, end - block, blocks - inside)
+            left = size - inside * w
+            if take == STRIP and left >= STRIP * w:
+                for i in range(0, STRIP * w, w):
+                    store(strips, target + i, load(d, source + i))
+            else:
+                for i in range(0, take * w, w):
+                    store(strips, target + i, load_n(d, source + i, left - i))
+            block += take
+            inside += take
             if inside == blocks:
                 inside = 0
-            if i == STRIP or inside == 0:
-                i = 0
-                line += RUN * STRIP * w
+            source += take * w
+            target += RUN * STRIP * w
         row, b = _next_row(row, b, batch)
 
 
 @helper
-def _add_strip(strip, take, depth, sums, left):
-    """Add up the rows of a strip of `take` registers, of which `left` numbers exist."""
+def _add_sums(strips, first, end, blocks, size, depth, order, sums):
+    """Add up the rows of the strips of blocks [first, end)."""
     w = width_of(sums)
-    for i in range(0, take * w, w):
-        total = load_n(sums, i, left - i)
-        for j in range(depth):
-            total = total + load(strip, j * STRIP * w + i)
-        store_n(sums, i, total, left - i)
+    block, strip = first, strips
+    while block < end:
+        run, inside, take = _strip(block, end, blocks)
+        left = size - inside * w
+        into = at(sums, order[run] * size + inside * w)
+        if order[run] >= 0 and take == STRIP and left >= STRIP * w:
+            # Side by side, since each sum waits for its own last addition.
+            one, two, three = load(into, 0), load(into, w), load(into, 2 * w)
+            for j in range(0, depth * STRIP * w, STRIP * w):
+                one = one + load(strip, j)
+                two = two + load(strip, j + w)
+                three = three + load(strip, j + 2 * w)
+            store(into, 0, one)
+            store(into, w, two)
+            store(into, 2 * w, three)
+        elif order[run] >= 0:
+            for i in range(0, take * w, w):
+                total = load_n(into, i, left - i)
+                for j in range(0, depth * STRIP * w, STRIP * w):
+                    total = total + load(strip, j + i)
+                store_n(into, i, total, left - i)
+        block += take
+        strip = at(strip, RUN * STRIP * w)
+
+
+@helper
+def _add_products(strips, first, end, blocks, size, depth, order, panel, m, out):
+    """Add the products of the strips of blocks [first, end) and a panel."""
+    w = width_of(out)
+    wide = COLS * w
+    for left in range(0, m, wide):
+        width = min(wide, m - left)
+        cols = (width + w - 1) // w
+        last = width - (cols - 1) * w
+        block, strip = first, strips
+        while block < end:
+            run, inside, take = _strip(block, end, blocks)
+            height = min(take * w, size - inside * w)
+            tiles = (height + ROWS - 1) // ROWS if order[run] >= 0 else 0
+            for q in range(tiles):
+                top = height * q // tiles
+                rows = height * (q + 1) // tiles - top
+                c = at(out, (order[run] * size + inside * w + top) * m + left)
+                tile_of_strip(
+                    rows, cols, last, depth, at(strip, top), at(panel, left * depth), c, m, c, m
+                )
+            block += take
+            strip = at(strip, RUN * STRIP * w)
 
 
 def _accumulate_signature(dtype):
     i, p = types.intp, types.CPointer(dtype)
-    return types.void(i, i, p, i, i, types.CPointer(i), i, i, p, i, i, p, p, p, p)
+    return types.void(i, i, p, i, i, i, types.CPointer(i), i, i, p, i, p, p, p, i, p, p, p, p)
 
 
 @linked(_accumulate_signature)
 def accumulate(
-    steps, batch, d, d_row, size, order, first, end, x, x_row, m, out, sums, panel, strips
-):
-    """out[order[g]*size + u, :] += sum of d[row, g*run + u] * x[row, :m]; sums likewise of d alone.
+    steps, batch, d, d_row, size, runs, order, first, end,
+    x, m_x, out_x, sums_x, h, m_h, out_h, sums_h, panel, strips,
+):  # fmt: skip
+    """Add d.T @ x to out_x and d.T @ h to out_h, and the sums of d's columns to sums_x and sums_h.
 
+    A row of d has `runs` runs of `size` numbers, each rounded up to whole registers if there are
+    several. Run g adds to the rows of out_x from order[g]*size on, and to those of out_h from
+    order[runs + g]*size; below 0: to none. Only the register blocks [first, end) of d are done.
     Rows are (step, sequence) pairs, taken in the order in which backpropagation meets them: last
-    step first, sequences in order. run is size, rounded up to whole registers if there are several
-    g. Only the register blocks [first, end) of the runs are done. panel and strips: memory from
-    `panel_scratch` and `strip_scratch`.
+    step first, sequences in order. panel and strips: memory from `panel_scratch` and
+    `strip_scratch`.
     """
-    w = width_of(out)
-    wide = COLS * w
+    w = width_of(d)
     blocks = (size + w - 1) // w
     total = steps * batch
+    order_h = at(order, runs)
+    panel_h = at(panel, RUN * ((m_x + w - 1) // w) * w)
     # The row of d and x where a block of rows begins, and its place in its step.
     row, b = (steps - 1) * batch, 0
     for start in range(0, total, RUN):
         depth = min(RUN, total - start)
-        next_row, next_b = _fill_panel(x, x_row, m, row, b, batch, depth, panel)
+        _fill_panel(x, m_x, row, b, batch, depth, panel)
+        next_row, next_b = _fill_panel(h, m_h, row, b, batch, depth, panel_h)
         block = first
         while block < end:
-            strip = strips
-            group = _group(block, end, blocks)
-            _fill_strips(d, d_row, size, block, group, blocks, row, b, batch, depth, strips)
-            while block < group:
-                g = block // blocks
-                u = (block - g * blocks) * w
-                into = order[g] * size + u
-                take = min(STRIP, group - block, blocks - block % blocks)
-                _add_strip(strip, take, depth, at(sums, into), size - u)
-                height = min(take * w, size - u)
-                tiles = (height + ROWS - 1) // ROWS
-                for left in range(0, m, wide):
-                    width = min(wide, m - left)
-                    cols = (width + w - 1) // w
-                    last = width - (cols - 1) * w
-                    for q in range(tiles):
-                        top = height * q // tiles
-                        rows = height * (q + 1) // tiles - top
-                        c = at(out, (into + top) * m + left)
-                        tile_of_strip(
-                            rows, cols, last, depth, at(strip, top),
-                            at(panel, left * depth), c, m, c, m,
-                        )  # fmt: skip
-                block += take
-                strip = at(strip, RUN * STRIP * w)
+            after = _group(block, end, blocks)
+            _fill_strips(d, d_row, size, block, after, blocks, row, b, batch, depth, strips)
+            _add_sums(strips, block, after, blocks, size, depth, order, sums_x)
+            _add_sums(strips, block, after, blocks, size, depth, order_h, sums_h)
+            _add_products(strips, block, after, blocks, size, depth, order, panel, m_x, out_x)
+            _add_products(strips, block, after, blocks, size, depth, order_h, panel_h, m_h, out_h)
+            block = after
         row, b = next_row, next_b
 
 
@@ -260,11 +308,12 @@ def affine_gradients(part, parts, x, d_y, p, zeros, d_x, d_weight, d_bias):
     w = width_of(x)
     blocks = (n + w - 1) // w
     first, end = blocks * part // parts, blocks * (part + 1) // parts
-    order = np.zeros(1, np.intp)
-    panel, strip = panel_scratch(x, size), strip_scratch(x)
+    order = np.array([0, -1])
+    panel, strip = panel_scratch(x, size, 0), strip_scratch(x)
     accumulate(
-        steps, batch, at(d_y, 0), n, n, at(order, 0), first, end, at(x, 0), size, size,
-        at(d_weight, 0), at(d_bias, 0), at(panel, 0), at(strip, 0),
+        steps, batch, at(d_y, 0), n, n, 1, at(order, 0), first, end,
+        at(x, 0), size, at(d_weight, 0), at(d_bias, 0),
+        at(x, 0), 0, at(d_weight, 0), at(d_bias, 0), at(panel, 0), at(strip, 0),
     )  # fmt: skip
     keep_alive(order)
     keep_alive(panel)

@@ -13,6 +13,7 @@ w_x, w_h, bias   weights packed by `pack_transposed`, both biases in R runs of H
 
 from __future__ import annotations
 
+import numpy as np
 from numba import types
 from numba.extending import overload
 
@@ -186,8 +187,8 @@ def _input_gradient(part, parts, x, tape, n, w_x, zeros, d_x):
     """d_x from the gate gradients of x, for a slice of rows."""
 
 
-def _weight_gradient(part, parts, x, tape, run, size, order, d_w, d_b):
-    """Add to the gradients of the input weights and bias, for a slice of gate blocks."""
+def _weight_gradients(part, parts, tail, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h):
+    """Add to the gradients of weights and biases, for a slice of gate blocks."""
 
 
 @overload(_input_gradient)
@@ -209,25 +210,67 @@ def _input_gradient_overload(part, parts, x, tape, n, w_x, zeros, d_x):
     return tokens if isinstance(x.dtype, types.Integer) else dense
 
 
-@overload(_weight_gradient)
-def _weight_gradient_overload(part, parts, x, tape, run, size, order, d_w, d_b):
-    def dense(part, parts, x, tape, run, size, order, d_w, d_b):
-        steps, batch, inputs = x.shape
-        blocks = run // width_of(tape) * order.size
-        first, end = blocks * part // parts, blocks * (part + 1) // parts
-        panel, strip = panel_scratch(x, inputs), strip_scratch(x)
-        accumulate(
-            steps, batch, at(tape, 0), tape.shape[2], size, at(order, 0), first, end,
-            at(x, 0), inputs, inputs, at(d_w, 0), at(d_b, 0), at(panel, 0), at(strip, 0),
-        )  # fmt: skip
-        keep_alive(panel)
-        keep_alive(strip)
+@helper
+def _width(order, runs, g, m_x, m_h):
+    """How many columns the gradients of run g have."""
+    return (m_x if order[g] >= 0 else 0) + (m_h if order[runs + g] >= 0 else 0)
 
-    def tokens(part, parts, x, tape, run, size, order, d_w, d_b):
-        w = width_of(tape)
-        blocks = run // w * order.size
-        first, end = blocks * part // parts * w, blocks * (part + 1) // parts * w
-        scatter(x, tape, 0, tape.shape[2], run * order.size, first, end, d_w, d_b)
+
+@helper
+def _first_block(part, parts, order, runs, blocks, m_x, m_h):
+    """Where the part'th slice of the register blocks begins, if all are to have as much work."""
+    total = 0
+    for g in range(runs):
+        total += blocks * _width(order, runs, g, m_x, m_h)
+    rest = total * part // parts
+    for g in range(runs):
+        width = _width(order, runs, g, m_x, m_h)
+        if rest < blocks * width:
+            return g * blocks + rest // width
+        rest -= blocks * width
+    return runs * blocks
+
+
+@helper
+def _add_both(part, parts, tail, x, m_x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h):
+    """`accumulate` for W_x (if m_x is not 0) and W_h."""
+    steps, batch, size = h.shape[0] - 1, h.shape[1], h.shape[2]
+    w = width_of(h)
+    blocks = (size + w - 1) // w
+    runs = max(order_x.size, tail + order_h.size)
+    order = np.full(2 * runs, -1, np.intp)
+    if m_x:
+        order[: order_x.size] = order_x
+    order[runs + tail : runs + tail + order_h.size] = order_h
+    first = _first_block(part, parts, order, runs, blocks, m_x, size)
+    end = _first_block(part + 1, parts, order, runs, blocks, m_x, size)
+    panel, strips = panel_scratch(h, m_x, size), strip_scratch(h)
+    accumulate(
+        steps, batch, at(tape, 0), tape.shape[2], size, runs, at(order, 0), first, end,
+        at(x, 0), m_x, at(d_w_x, 0), at(d_b_x, 0),
+        at(h, 0), size, at(d_w_h, 0), at(d_b_h, 0), at(panel, 0), at(strips, 0),
+    )  # fmt: skip
+    keep_alive(order)
+    keep_alive(panel)
+    keep_alive(strips)
+
+
+@overload(_weight_gradients)
+def _weight_gradients_overload(
+    part, parts, tail, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+):
+    def dense(part, parts, tail, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h):
+        inputs = x.shape[2]
+        _add_both(
+            part, parts, tail, x, inputs, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+        )
+
+    def tokens(part, parts, tail, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h):
+        w = width_of(h)
+        n = d_b_x.size
+        first, end = n // w * part // parts * w, n // w * (part + 1) // parts * w
+        scatter(x, tape, 0, tape.shape[2], n, first, end, d_w_x, d_b_x)
+        _add_both(part, parts, tail, h, 0, h, tape, order_x, order_h, d_w_h, d_w_h, d_b_h, d_b_h)
 
     return tokens if isinstance(x.dtype, types.Integer) else dense
 
@@ -242,19 +285,8 @@ def gradients(
     is not wanted; w_x packed by `pack`. Tokens: d_w_x (V, G*Hp), d_b_x (G*Hp,) in the tape's order.
     """
     mode = flush_denormals()
-    steps, batch = x.shape[:2]
-    size = h.shape[2]
+    _weight_gradients(part, parts, tail, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h)
     w = width_of(h)
-    run = (size + w - 1) // w * w
-    _weight_gradient(part, parts, x, tape, run, size, order_x, d_w_x, d_b_x)
-    blocks = run // w * order_h.size
-    first, end = blocks * part // parts, blocks * (part + 1) // parts
-    panel, strip = panel_scratch(h, size), strip_scratch(h)
-    accumulate(
-        steps, batch, at(tape, tail * run), tape.shape[2], size, at(order_h, 0), first, end,
-        at(h, 0), size, size, at(d_w_h, 0), at(d_b_h, 0), at(panel, 0), at(strip, 0),
-    )  # fmt: skip
-    keep_alive(panel)
-    keep_alive(strip)
+    run = (h.shape[2] + w - 1) // w * w
     _input_gradient(part, parts, x, tape, order_x.size * run, w_x, zeros, d_x)
     restore_denormals(mode)
