@@ -30,6 +30,7 @@ from numba.core.caching import FunctionCache, NullCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import CPUDispatcher
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 # No fast-math: sums keep their order and NaN survives. No bounds checks: offsets are computed.
@@ -195,7 +196,10 @@ class _KernelCache(FunctionCache):
         # A file that another program damaged must cost a compilation, not the call.
         with contextlib.suppress(Exception):
             if _hash_sources() == _SOURCES:
-                return super().load_overload(sig, target_context)
+                # Numba's load_overload would first import all that compiling needs, for a quarter
+                # of a second; code that is ready needs the runtime alone.
+                rtsys.initialize(target_context)
+                return self._load_overload(sig, target_context)
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
