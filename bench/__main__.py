@@ -1,119 +1,122 @@
-"""Time training steps: contestants in processes of their own, rounds interleaved, medians.
+"""Times layers against their peers, two threads each, and writes what was found.
 
-A contestant is timed only after its output and every gradient agree with the NumPy reference in
-float64. `--python jax=PATH` runs a contestant with another interpreter.
+Each contestant runs in a process of its own, rounds are interleaved, the figure of a contestant is
+the median over the rounds. It is timed only after its output and every gradient agree with the
+NumPy reference in float64. Of all peers the best one counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from bench.cases import CASES, CELLS, QUICK
-from bench.contestants import CONTESTANTS
-
-# Norm-relative distance to the reference; float32 eps times the square root of a long chain.
-GATE = {"float32": 2e-5, "float64": 1e-11}
-
-
-class Contestant:
-    """A worker process."""
-
-    def __init__(self, name: str, python: str, threads: int) -> None:
-        self.name = name
-        count = str(threads)
-        environment = os.environ | {"OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
-        self.process = subprocess.Popen(
-            [python, "-m", "bench.worker", name, count],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        return json.loads(line) if line else {"failed": "the process has ended"}
+from bench import report
+from bench.cases import CASES, CELLS, QUICK, SWEEP, find
+from bench.machine import cpu
+from bench.peers import NAMES
+from bench.runner import GATE, Race, start
 
 
-def _cpu() -> str:
+def _names(known: tuple[str, ...]) -> Any:
+    def names(text: str) -> list[str]:
+        chosen = text.split(",")
+        unknown = set(chosen) - set(known)
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"expected some of {','.join(known)}, got {','.join(sorted(unknown))}"
+            )
+        return chosen
+
+    return names
+
+
+def _cases(text: str) -> list[str]:
     try:
-        with open("/proc/cpuinfo") as info:
-            return next(line.split(":")[1].strip() for line in info if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
+        return [find(name).name for name in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--cases", type=_cases, default=list(CASES), help=",".join(CASES))
+    parser.add_argument("--cells", type=_names(CELLS), default=list(CELLS), help=",".join(CELLS))
+    modes = ("training", "inference")
+    parser.add_argument("--modes", type=_names(modes), default=list(modes), help=",".join(modes))
+    parser.add_argument(
+        "--contestants", type=_names(NAMES), default=list(NAMES), help=",".join(NAMES)
+    )
+    parser.add_argument("--dtype", default="float32", choices=tuple(GATE))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.4, help="of a contestant in each round")
+    parser.add_argument("--quick", action="store_true", help="a small case and three short rounds")
+    parser.add_argument("--sweep", action="store_true", help="fastrnn over T, B and H, for plots")
+    parser.add_argument("--start", action="store_true", help="imports and first steps as well")
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="another interpreter for a contestant",
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="write JSON, a report and plots there")
+    return parser
+
+
+def _line(entry: dict[str, Any]) -> str:
+    ours = report.seconds(entry, "fastrnn")
+    peer, theirs = report.best_peer(entry)
+    text = f"{entry['mode']:9} {entry['case']:8} {entry['cell']:5}"
+    if ours is not None:
+        text += f"{ours * 1e3:10.3f} ms  {report.share(entry):4.0%} of the limit"
+    if ours is not None and theirs is not None:
+        text += f"  {theirs / ours:6.2f} x {peer}"
+    return text
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--cases", default="small,speech,medium,large", help=",".join(CASES))
-    parser.add_argument("--cells", default="gru,lstm", help=",".join(CELLS))
-    parser.add_argument("--contestants", default=",".join(CONTESTANTS))
-    parser.add_argument("--dtype", default="float32", choices=tuple(GATE))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each round")
-    parser.add_argument("--quick", action="store_true", help="two small cases, two rounds")
-    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
-    parser.add_argument("--json", metavar="FILE", help="write every figure there")
-    options = parser.parse_args()
-    cases = list(QUICK) if options.quick else options.cases.split(",")
-    rounds, seconds = (2, 0.2) if options.quick else (options.rounds, options.seconds)
+    """The command line."""
+    options = _parser().parse_args()
+    if options.quick:
+        options.cases, options.rounds, options.seconds = list(QUICK), 3, 0.15
+        options.contestants = [name for name in options.contestants if name != "torch_compile"]
+    if options.sweep:
+        options.cases, options.contestants = list(SWEEP), ["fastrnn"]
     pythons = dict(pair.split("=", 1) for pair in options.python)
-    contestants = [
-        Contestant(name, pythons.get(name, sys.executable), options.threads)
-        for name in options.contestants.split(",")
-    ]
-    print(f"{_cpu()}, {options.threads} threads, {options.dtype}, {time.strftime('%Y-%m-%d')}")
-    print("milliseconds of a training step: median (lowest to highest round); GFLOP/s of products")
-    results, failures = [], 0
-    for case in cases:
-        for cell in options.cells.split(","):
-            rows: dict[str, list[float]] = {}
-            for contestant in contestants:
-                answer = contestant.ask(do="set", case=case, cell=cell, dtype=options.dtype)
-                if "failed" in answer:
-                    print(f"{case:8} {cell:5} {contestant.name:8} missing: {answer['failed'][:70]}")
-                elif not answer["error"] <= GATE[options.dtype]:
-                    print(f"{case:8} {cell:5} {contestant.name:8} wrong by {answer['error']:.1e}")
-                    failures += contestant.name == "fastrnn"
-                else:
-                    rows[contestant.name] = []
-            for _ in range(rounds):
-                for contestant in contestants:
-                    if contestant.name in rows:
-                        time.sleep(0.05)
-                        times = contestant.ask(do="time", seconds=seconds)["times"]
-                        rows[contestant.name].append(statistics.median(times))
-            medians = {name: statistics.median(times) for name, times in rows.items()}
-            peers = [value for name, value in medians.items() if name != "fastrnn"]
-            for name, times in rows.items():
-                speed = CASES[case].operations(cell) / medians[name] / 1e9
-                line = f"{case:8} {cell:5} {name:8} {medians[name] * 1e3:9.2f} "
-                line += f"({min(times) * 1e3:.2f} to {max(times) * 1e3:.2f}) {speed:6.0f} GFLOP/s"
-                if name == "fastrnn" and peers:
-                    line += f"   {min(peers) / medians[name]:.2f} x the best peer"
-                print(line, flush=True)
-            results.append({"case": case, "cell": cell, "rounds": rows, "median": medians})
-    if options.json:
-        record = {"cpu": _cpu(), "threads": options.threads, "dtype": options.dtype}
-        with open(options.json, "w") as file:
-            json.dump(record | {"date": time.strftime("%Y-%m-%d"), "results": results}, file)
-    return 1 if failures else 0
+    about = {
+        "cpu": cpu(),
+        "threads": options.threads,
+        "dtype": options.dtype,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": report.commit(),
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    race = Race(
+        options.contestants, options.threads, options.rounds, options.seconds, pythons, tell
+    )
+    for mode in options.modes:
+        for case in options.cases:
+            for cell in options.cells:
+                print(_line(race.run(mode, case, cell, options.dtype)), flush=True)
+    race.end()
+    record = {"about": about, "results": race.results}
+    for name, ratio in report.geometric_means(race.results).items():
+        print(f"{name}: geometric mean {ratio:.2f} times the best peer")
+    if options.start:
+        record["start"] = start(pythons, options.threads, options.contestants)
+        for name, found in record["start"].items():
+            print(f"{name}: import {found['import']:.2f} s, first step {found['first']:.2f} s")
+    if options.out:
+        report.write(Path(options.out), record)
+    return 1 if race.failures else 0
 
 
 if __name__ == "__main__":

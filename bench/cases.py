@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 CELLS = ("rnn", "gru", "lstm")
@@ -16,10 +17,11 @@ class Case(NamedTuple):
     I: int  # noqa: E741
     H: int
 
-    def operations(self, cell: str) -> int:
-        """Floating-point operations of the products of one training step."""
+    def operations(self, cell: str, mode: str = "training") -> int:
+        """Floating-point operations of the products of one step; training does each three times."""
         gates = {"rnn": 1, "gru": 3, "lstm": 4}[cell]
-        return 3 * 2 * self.T * self.B * gates * self.H * (self.I + self.H)
+        once = 2 * self.T * self.B * gates * self.H * (self.I + self.H)
+        return 3 * once if mode == "training" else once
 
 
 CASES = {
@@ -36,4 +38,20 @@ CASES = {
         Case("huge", 50, 128, 1024, 1024),
     )
 }
-QUICK = ("small", "speech")
+QUICK = ("small",)
+# One size at a time.
+SWEEP = (
+    *(f"T64B32I{H}H{H}" for H in (32, 64, 128, 256, 512, 1024)),
+    *(f"T64B{B}I128H128" for B in (1, 8, 32, 128, 512)),
+    *(f"T{T}B32I128H128" for T in (16, 64, 256, 1024, 4096)),
+)
+
+
+def find(name: str) -> Case:
+    """A named case, or any other: T64B32I128H128."""
+    if name in CASES:
+        return CASES[name]
+    sizes = re.fullmatch(r"T(\d+)B(\d+)I(\d+)H(\d+)", name)
+    if sizes is None:
+        raise ValueError(f"case: expected one of {', '.join(CASES)} or T64B32I64H64, got {name!r}")
+    return Case(name, *map(int, sizes.groups()))

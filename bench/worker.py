@@ -1,7 +1,13 @@
-"""One contestant in a process of its own: answers requests, a JSON line each."""
+"""One contestant in a process of its own: answers requests, a JSON line each.
+
+{"do": "set", mode, case, cell, dtype, wanted}   set up; the file `wanted` has the right answer
+{"do": "time", seconds}                          steps for so long, each timed
+{"do": "limits", seconds}                        of the machine (`bench.machine`)
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -9,48 +15,66 @@ from typing import Any
 
 import numpy as np
 
-from bench.cases import CASES
-from bench.contestants import CONTESTANTS, reference
+from bench.cases import find
+from bench.problem import Answer, error
+
+# Steps before the clock: the first ones compile, allocate and start threads.
+WARM = 2
 
 
-def _distance(found: Any, wanted: Any) -> float:
-    """Relative distance in norm."""
-    difference = np.asarray(found, dtype="f8") - wanted
-    return float(np.linalg.norm(difference) / np.linalg.norm(wanted))
+class Worker:
+    """What the process keeps between requests."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self.threads = threads
+        start = time.perf_counter()
+        self.module = importlib.import_module(name)
+        self.importing = time.perf_counter() - start
+        self.step: Any = None
+
+    def set(self, mode: str, case: str, cell: str, dtype: str, wanted: str) -> dict[str, Any]:
+        """Set up a case, compare it with what is right."""
+        self.step = None
+        start = time.perf_counter()
+        step, read = getattr(self.module, mode)(find(case), cell, dtype, self.threads)
+        found = step()
+        first = time.perf_counter() - start
+        with np.load(wanted) as file:
+            grads = {key: file[key] for key in file.files if key not in ("y", "d_x")}
+            right = Answer(file["y"], file["d_x"], grads)
+        distance = error(read(found), right)
+        for _ in range(WARM):
+            step()
+        self.step = step
+        return {"first": first, "error": distance, "import": self.importing}
+
+    def time(self, seconds: float) -> dict[str, Any]:
+        """Seconds of each step."""
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < 3 or time.perf_counter() < end:
+            start = time.perf_counter()
+            self.step()
+            times.append(time.perf_counter() - start)
+        return {"times": times}
+
+    def limits(self, seconds: float) -> dict[str, Any]:
+        """The machine's."""
+        return self.module.limits(self.threads, seconds)
 
 
 def main() -> None:
-    name, threads = sys.argv[1], int(sys.argv[2])
-    out = sys.stdout
-    sys.stdout = sys.stderr
-    step = None
+    # What a contestant prints must not be taken for an answer.
+    out, sys.stdout = sys.stdout, sys.stderr
+    worker = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            if request["do"] == "set":
-                case = CASES[request["case"]]
-                start = time.perf_counter()
-                step = CONTESTANTS[name](case, request["cell"], request["dtype"], threads)
-                y, d_x, grads = step()
-                first = time.perf_counter() - start
-                wanted = reference(case, request["cell"])
-                pairs = [(y, wanted[0]), (d_x, wanted[1])]
-                pairs += [(grads[key], value) for key, value in wanted[2].items()]
-                # Not max(), which can lose a NaN.
-                error = float(np.max([_distance(*pair) for pair in pairs]))
-                answer = {"first": first, "error": error}
-                for _ in range(2):
-                    step()
-            else:
-                times = []
-                end = time.perf_counter() + request["seconds"]
-                while len(times) < 3 or time.perf_counter() < end:
-                    start = time.perf_counter()
-                    step()
-                    times.append(time.perf_counter() - start)
-                answer = {"times": times}
-        except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"}
+            if worker is None:
+                worker = Worker(sys.argv[1], int(sys.argv[2]))
+            answer = getattr(worker, request.pop("do"))(**request)
+        except Exception as failure:
+            answer = {"failed": f"{type(failure).__name__}: {failure}"}
         print(json.dumps(answer), file=out, flush=True)
 
 

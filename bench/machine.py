@@ -1,0 +1,76 @@
+"""What the machine could do at best, measured: multiply-adds from registers, and memory read."""
+
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+
+from fastrnn.jit import kernel
+from fastrnn.parallel import run, set_num_threads
+from fastrnn.simd import fma, lanes, load, store, width_of
+
+_CHAINS = 12
+_TURNS = 100_000
+# Larger than any cache.
+_MEMORY = 1 << 28
+
+
+@kernel
+def _multiply_add(part, parts, x, turns):
+    """12 chains of multiply-adds that wait for nothing but themselves."""
+    v = load(x, 0)
+    a = b = c = d = e = f = g = h = i = j = k = m = v
+    for _ in range(turns):
+        a, b, c, d = fma(v, v, a), fma(v, v, b), fma(v, v, c), fma(v, v, d)
+        e, f, g, h = fma(v, v, e), fma(v, v, f), fma(v, v, g), fma(v, v, h)
+        i, j, k, m = fma(v, v, i), fma(v, v, j), fma(v, v, k), fma(v, v, m)
+    w = width_of(x)
+    store(x, part * w, a + b + c + d + e + f + g + h + i + j + k + m)
+
+
+@kernel
+def _read(part, parts, x, sums):
+    """The sum of a part of x, all of it read once."""
+    w = width_of(x)
+    count = x.size // parts // (4 * w) * 4 * w
+    a = b = c = d = load(x, 0)
+    for at in range(part * count, (part + 1) * count, 4 * w):
+        a, b = a + load(x, at), b + load(x, at + w)
+        c, d = c + load(x, at + 2 * w), d + load(x, at + 3 * w)
+    store(sums, part * w, a + b + c + d)
+
+
+def cpu() -> str:
+    """Its name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def limits(threads: int, seconds: float, dtype: str = "float32") -> dict[str, float]:
+    """Best of the time given: GFLOP/s of multiply-adds, GB/s of reading memory."""
+    set_num_threads(threads)
+    width = lanes(dtype)
+    x = np.zeros(width * max(1, threads), dtype)
+    memory = np.zeros(_MEMORY // x.itemsize, dtype)
+
+    def best(work: float, function: object, *arguments: object) -> float:
+        run(function, threads, *arguments)  # compiles
+        fastest = float("inf")
+        end = time.perf_counter() + seconds / 2
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            run(function, threads, *arguments)
+            fastest = min(fastest, time.perf_counter() - start)
+        return work / fastest / 1e9
+
+    work = 2 * _CHAINS * width * _TURNS * threads
+    return {
+        "gflops": best(work, _multiply_add, x, _TURNS),
+        "gbytes": best(memory.nbytes, _read, memory, np.zeros_like(x)),
+    }

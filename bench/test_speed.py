@@ -1,0 +1,20 @@
+"""The grid for pytest-benchmark: `pytest bench --benchmark-only`, compared from run to run."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.cases import CASES, CELLS
+from bench.peers import fastrnn
+from fastrnn.parallel import get_num_threads
+
+pytest.importorskip("pytest_benchmark")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_speed(benchmark, mode, cell, case):
+    step, _ = getattr(fastrnn, mode)(CASES[case], cell, "float32", get_num_threads())
+    step()
+    benchmark(step)
