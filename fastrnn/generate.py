@@ -8,25 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.cells.cell import gates, load_carry, load_tape, output, store_runs
 from fastrnn.checks import as_array, as_number, as_size, as_token, as_tokens
 from fastrnn.dropout import random_bits
 from fastrnn.gemm import multiply, scratch
 from fastrnn.jit import helper, kernel
 from fastrnn.models import LanguageModel
-from fastrnn.pack import pack_bias, pack_transposed
+from fastrnn.pack import pack_transposed
 from fastrnn.parallel import parts_for, run
-from fastrnn.simd import (
-    at,
-    flush_denormals,
-    keep_alive,
-    load,
-    load_n,
-    restore_denormals,
-    store,
-    store_n,
-    width_of,
-)
+from fastrnn.simd import at, flush_denormals, keep_alive, padded, restore_denormals
+from fastrnn.stepper import advance, bind
 
 
 @helper
@@ -80,13 +70,13 @@ def _draw(logits, at, size, temperature, top_k, top_p, u, weights):
 
 @kernel
 def _generate(
-    part, parts, cell, tail, embedding, inputs, w_x, at_x, w_h, at_h, biases, w_head, b_head,
+    part, parts, cell, tail, columns, embedding, weights, places, w_head, b_head,
     h, carry, tokens, greedy, temperature, top_k, top_p, seed, eos, out, counts,
 ):  # fmt: skip
     """Continue the sequences of one slice of the batch.
 
-    inputs   (layers,) width of each layer's input, 0 for tokens
-    w_x, w_h all layers' packed weights, layer l from at_x[l], at_h[l]; biases (layers, R*Hp)
+    embedding           (V, E) if the first layer does not take tokens
+    weights, places     of all layers, see `fastrnn.stepper`
     h        (layers, B, H), carry (layers, B, carries*Hp), tokens (B,): where they are; updated
     out      (steps, B), counts (B,): what is drawn, and how many tokens until `eos`
     """
@@ -94,62 +84,23 @@ def _generate(
     layers, batch, size = h.shape
     steps = out.shape[0]
     vocabulary = b_head.size
-    w = width_of(h)
-    run = (size + w - 1) // w * w
-    n = w_h.size // layers // size
-    columns = biases.shape[1]
     first = batch * part // parts
     rows = batch * (part + 1) // parts - first
-    x = scratch(h, rows * max(1, embedding.shape[1]))
+    width = embedding.shape[1]
+    x = scratch(h, rows * max(1, width))
     s = scratch(h, rows * columns)
     logits = scratch(h, rows * vocabulary)
-    weights = np.empty(vocabulary)
+    chances = np.empty(vocabulary)
     open_rows = rows
     for step in range(steps):
         if open_rows == 0:
             break
-        for layer in range(layers):
-            here = (layer * batch + first) * size
-            bias = at(biases, layer * columns)
-            for r in range(rows):
-                for j in range(n, columns, w):
-                    store(s, r * columns + j, load(bias, j))
-            if inputs[layer] == 0:
-                for r in range(rows):
-                    source = at_x[layer] + tokens[first + r] * n
-                    for j in range(0, n, w):
-                        store(s, r * columns + j, load(w_x, source + j) + load(bias, j))
-            else:
-                width = inputs[layer]
-                below = at(h, here - batch * size)
-                if layer == 0:
-                    below = at(x, 0)
-                    for r in range(rows):
-                        for j in range(width):
-                            x[r * width + j] = embedding[tokens[first + r], j]
-                multiply(
-                    1, rows, n, width, below, width, 0,
-                    at(w_x, at_x[layer]), bias, 0, at(s, 0), columns, 0,
-                )  # fmt: skip
-            into = at(s, tail * run)
-            multiply(
-                1, rows, n, size, at(h, here), size, 0,
-                at(w_h, at_h[layer]), into, columns, into, columns, 0,
-            )  # fmt: skip
-            for r in range(rows):
-                unit = here + r * size
-                carried = (layer * batch + first + r) * carry.shape[2]
-                for u in range(0, size, w):
-                    h_old = load_n(h, unit + u, size - u)
-                    kept, carry_new = gates(
-                        cell,
-                        load_tape(cell, s, r * columns + u, run),
-                        h_old,
-                        load_carry(cell, carry, carried + u, run),
-                    )
-                    h_new, _ = output(cell, kept, h_old, carry_new)
-                    store_n(h, unit + u, h_new, size - u)
-                    store_runs(carry, carried + u, run, carry_new)
+        for r in range(rows):
+            for j in range(width):
+                x[r * width + j] = embedding[tokens[first + r], j]
+        advance(
+            cell, tail, weights, places, at(x, 0), tokens, h, carry, at(s, 0), columns, first, rows
+        )
         top = ((layers - 1) * batch + first) * size
         multiply(
             1, rows, vocabulary, size, at(h, top), size, 0,
@@ -165,7 +116,7 @@ def _generate(
             else:
                 bits = random_bits(seed, b, step) >> np.uint64(11)
                 u01 = np.float64(bits) * 2.0**-53
-                token = _draw(logits, row, vocabulary, temperature, top_k, top_p, u01, weights)
+                token = _draw(logits, row, vocabulary, temperature, top_k, top_p, u01, chances)
             if counts[b] == step:
                 if token < 0:
                     counts[b] = -1
@@ -233,24 +184,12 @@ def generate(
         _, state = model.rnn(x, state)
     rnn, dtype = model.rnn, model.dtype
     cell = rnn.cell
-    params = [
-        [rnn.params[f"{key}_l{layer}"] for layer in range(model.num_layers)]
-        for key in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
-    ]
-    tokens_in = model.embedding is None
-    w_x = [
-        pack_transposed(w, cell.order_x, rows=tokens_in and layer == 0)
-        for layer, w in enumerate(params[0])
-    ]
-    w_h = [pack_transposed(w, cell.order_h) for w in params[2]]
+    keys = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    layers = [[rnn.params[f"{key}_l{i}"] for key in keys] for i in range(model.num_layers)]
+    bound = bind(cell, layers, tokens=model.embedding is None)
     hidden = model.hidden_size
-    biases = [
-        pack_bias(cell, hidden, dtype, b_x, b_h)
-        for b_x, b_h in zip(params[1], params[3], strict=True)
-    ]
-    inputs = [model.embedding_size] + [hidden] * (model.num_layers - 1)
     parts_of_state = state if isinstance(state, tuple) else (state,)
-    run_length = len(biases[0]) // cell.tape
+    run_length = padded(hidden, dtype)
     carry = np.zeros((model.num_layers, batch, cell.carries * run_length), dtype)
     for i, value in enumerate(parts_of_state[1:]):
         carry[:, :, i * run_length : i * run_length + hidden] = value
@@ -260,19 +199,15 @@ def generate(
     if seed is None:
         seed = int(np.random.default_rng().integers(2**63))
     seed = as_size("seed", seed, -(2**63))
-    work = length * batch * (sum(w.size for w in w_x[1:] + w_h) + hidden * vocabulary)
+    work = length * batch * (bound.weights.size + hidden * vocabulary)
     run(
         _generate,
         parts_for(work, batch),
         cell,
         cell.tail,
+        cell.tape * run_length,
         np.zeros((1, 0), dtype) if model.embedding is None else model.embedding.params["weight"],
-        np.array(inputs),
-        np.concatenate(w_x),
-        np.cumsum([0] + [w.size for w in w_x[:-1]]),
-        np.concatenate(w_h),
-        np.cumsum([0] + [w.size for w in w_h[:-1]]),
-        np.stack(biases),
+        *bound,
         pack_transposed(model.head.params["weight"], (0,)),
         model.head.params["bias"],
         h,

@@ -32,6 +32,7 @@ from fastrnn.module import Module, Params, new_grads
 from fastrnn.pack import indices, pack, pack_bias, pack_transposed
 from fastrnn.parallel import parts_for, run
 from fastrnn.simd import lanes, padded
+from fastrnn.stepper import Stepper
 
 State = Any  # h (layers, B, H), or for the LSTM (h, c)
 
@@ -428,6 +429,16 @@ class _Recurrent(Module):
             found = d_w.reshape(cell.gates, hidden, inputs)[:, : self.hidden_size]
             d_w_x.reshape(cell.gates, self.hidden_size, inputs)[list(cell.order_x)] += found
         return d_vectors
+
+    def stepper(self, batch: int | None = None, *, tokens: bool = False) -> Stepper:
+        """The layers one step at a time, with the state kept: `y = stepper(x)`; see `Stepper`.
+
+        batch   how many sequences; None: one, without the B axis
+        tokens  inputs are integer tokens instead of features
+        """
+        if batch is not None:
+            batch = as_size("batch", batch)
+        return Stepper(self, batch, bool(tokens))
 
     def _input(self, x: Any, vectors: np.ndarray | None) -> tuple[np.ndarray, bool]:
         """x time-major, floats (T, B, I) or int32 (T, B), and whether it came without B."""

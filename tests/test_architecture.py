@@ -28,7 +28,7 @@ LEVELS = (
     {"gemm"},
     {"cells", "dropout", "loss", "optim", "clip"},
     {"pack"},
-    {"recurrence", "module"},
+    {"recurrence", "module", "stepper"},
     {"layers", "dense"},
     {"models"},
     {"train", "generate", "score"},

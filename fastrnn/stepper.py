@@ -1,0 +1,236 @@
+"""One step at a time, with the state kept: for streams, control loops and sampling.
+
+All layers of a stack take a step inside one call. What a call needs is bound beforehand: weights
+packed, memory laid out, the compiled function looked up.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from fastrnn.cells.cell import Cell, gates, load_carry, load_tape, output, store_runs
+from fastrnn.checks import as_array, as_floats, as_tokens, check_in_place
+from fastrnn.gemm import multiply
+from fastrnn.jit import helper, kernel
+from fastrnn.pack import pack_bias, pack_transposed
+from fastrnn.parallel import parts_for, run
+from fastrnn.simd import (
+    at,
+    flush_denormals,
+    load,
+    load_n,
+    padded,
+    restore_denormals,
+    store,
+    store_n,
+    width_of,
+)
+
+
+class Bound(NamedTuple):
+    """The weights of a stack as `advance` takes them.
+
+    weights  all layers' packed weights and biases, one after the other
+    places   (layers, 4) integers: a layer's width of input (0: tokens), and where in `weights` its
+             W_x, W_h and bias begin
+    """
+
+    weights: np.ndarray
+    places: np.ndarray
+
+
+def bind(cell: Cell, layers: list[list[np.ndarray | None]], tokens: bool) -> Bound:
+    """From (weight_ih, weight_hh, bias_ih, bias_hh) of each layer; the first may take tokens."""
+    pieces: list[np.ndarray] = []
+    places, end = [], 0
+    for layer, (w_x, w_h, b_x, b_h) in enumerate(layers):
+        assert w_x is not None
+        assert w_h is not None
+        gather = tokens and layer == 0
+        places.append([0 if gather else w_x.shape[1]])
+        for piece in (
+            pack_transposed(w_x, cell.order_x, rows=gather),
+            pack_transposed(w_h, cell.order_h),
+            pack_bias(cell, w_h.shape[1], w_h.dtype, b_x, b_h),
+        ):
+            pieces.append(piece)
+            places[-1].append(end)
+            end += piece.size
+    return Bound(np.concatenate(pieces), np.array(places))
+
+
+@helper
+def advance(cell, tail, weights, places, x, tokens, h, carry, s, columns, first, rows):
+    """Take sequences [first, first + rows) through all layers.
+
+    x        at (rows, I), what the first layer takes unless places has tokens for it
+    tokens   (B,)
+    h, carry (layers, B, H), (layers, B, carries*Hp): before and after
+    s        at (rows, columns), scratch; columns is tape*Hp
+    """
+    layers, batch, size = h.shape
+    w = width_of(h)
+    run = (size + w - 1) // w * w
+    n = (places[0, 3] - places[0, 2]) // size
+    for layer in range(layers):
+        here = (layer * batch + first) * size
+        bias = at(weights, places[layer, 3])
+        w_x = at(weights, places[layer, 1])
+        width = places[layer, 0]
+        for r in range(rows):
+            for j in range(n, columns, w):
+                store(s, r * columns + j, load(bias, j))
+        if width == 0:
+            for r in range(rows):
+                source = tokens[first + r] * n
+                for j in range(0, n, w):
+                    store(s, r * columns + j, load(w_x, source + j) + load(bias, j))
+        elif layer == 0:
+            multiply(1, rows, n, width, x, width, 0, w_x, bias, 0, s, columns, 0)
+        else:
+            below = at(h, here - batch * size)
+            multiply(1, rows, n, width, below, width, 0, w_x, bias, 0, s, columns, 0)
+        into = at(s, tail * run)
+        w_h = at(weights, places[layer, 2])
+        multiply(1, rows, n, size, at(h, here), size, 0, w_h, into, columns, into, columns, 0)
+        for r in range(rows):
+            unit = here + r * size
+            carried = (layer * batch + first + r) * carry.shape[2]
+            for u in range(0, size, w):
+                h_old = load_n(h, unit + u, size - u)
+                kept, carry_new = gates(
+                    cell,
+                    load_tape(cell, s, r * columns + u, run),
+                    h_old,
+                    load_carry(cell, carry, carried + u, run),
+                )
+                h_new, _ = output(cell, kept, h_old, carry_new)
+                store_n(h, unit + u, h_new, size - u)
+                store_runs(carry, carried + u, run, carry_new)
+
+
+@kernel
+def _step(part, parts, cell, tail, columns, weights, places, x, tokens, h, carry, s, out):
+    """One step of a slice of the sequences; out (B*H) receives the last layer's h."""
+    mode = flush_denormals()
+    layers, batch, size = h.shape
+    first = batch * part // parts
+    rows = batch * (part + 1) // parts - first
+    into = at(s, first * columns)
+    inputs = x.size // batch
+    advance(
+        cell, tail, weights, places, at(x, first * inputs), tokens, h, carry, into, columns,
+        first, rows,
+    )  # fmt: skip
+    top = ((layers - 1) * batch + first) * size
+    w = width_of(h)
+    for u in range(0, rows * size, w):
+        store_n(out, first * size + u, load_n(h, top + u, rows * size - u), rows * size - u)
+    restore_denormals(mode)
+
+
+class Stepper:
+    """Takes a stack of layers one step at a time; made by `LSTM.stepper` and its like.
+
+    `stepper(x)` is one step: x (B, input_size), or (input_size,) if it was made without a batch;
+    the result is the last layer's output, (B, H) or (H,): a new array, or `out`, which is then all
+    that is written beside the state. Outputs and state have the same bits as those of the layer.
+
+    Weights are those of the moment it was made; `refresh` takes over later ones. A stepper must not
+    be used by two threads at once; make one for each.
+    """
+
+    def __init__(self, layer: Any, batch: int | None, tokens: bool) -> None:
+        self._layer = layer
+        self._unbatched = batch is None
+        self._tokens = tokens
+        self.dtype = layer.dtype
+        cell, size = layer.cell, layer.hidden_size
+        count = 1 if batch is None else batch
+        self._count = count
+        self._run = padded(size, self.dtype)
+        self._h = np.zeros((layer.num_layers, count, size), self.dtype)
+        self._carry = np.zeros((layer.num_layers, count, cell.carries * self._run), self.dtype)
+        self._columns = cell.tape * self._run
+        self._s = np.empty(count * self._columns, self.dtype)
+        self._x_shape: tuple[int, ...] = () if tokens else (layer.input_size,)
+        self._out_shape: tuple[int, ...] = (size,)
+        if batch is not None:
+            self._x_shape, self._out_shape = (batch, *self._x_shape), (batch, size)
+        self._x_dtype = np.dtype(np.int32) if tokens else self.dtype
+        self._no_tokens = np.zeros(count, np.int32)
+        self._no_x = np.zeros(count, self.dtype)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the weights that the layer has now; the state stays."""
+        layer, cell = self._layer, self._layer.cell
+        layer.check_params()
+        keys = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        layers = [[layer.params.get(f"{k}_l{i}") for k in keys] for i in range(layer.num_layers)]
+        bound = bind(cell, layers, self._tokens)
+        work = self._count * bound.weights.size
+        self._parts = parts_for(work, self._count)
+        self._fixed = (cell, cell.tail, self._columns, *bound)
+        self._state = (self._h, self._carry, self._s)
+        example = (*self._fixed, self._no_x, self._no_tokens, *self._state, self._no_x)
+        # The compiled function itself: nothing is looked up in a call.
+        self._kernel = _step.compile(tuple(numba.typeof(a) for a in (0, 1, *example)))
+
+    def __call__(self, x: Any, out: np.ndarray | None = None) -> np.ndarray:
+        """One step; see the class."""
+        if not (
+            type(x) is np.ndarray
+            and x.shape == self._x_shape
+            and x.dtype == self._x_dtype
+            and x.flags.c_contiguous
+            and not self._tokens
+        ):
+            x = self._checked(x)
+        if out is None:
+            out = np.empty(self._out_shape, self.dtype)
+        elif not (
+            type(out) is np.ndarray
+            and out.shape == self._out_shape
+            and out.dtype == self.dtype
+            and out.flags.carray
+        ):
+            check_in_place("out", out, self.dtype, self._out_shape)
+        flat = out if self._unbatched else out.reshape(-1)
+        x = x if x.ndim == 1 else x.reshape(-1)
+        x, tokens = (self._no_x, x) if self._tokens else (x, self._no_tokens)
+        if self._parts == 1:
+            self._kernel(0, 1, *self._fixed, x, tokens, *self._state, flat)
+        else:
+            run(_step, self._parts, *self._fixed, x, tokens, *self._state, flat)
+        return out
+
+    def _checked(self, x: Any) -> np.ndarray:
+        array = as_array("x", x)
+        if self._tokens:
+            names = "()" if self._unbatched else "(B,)"
+            return np.atleast_1d(
+                as_tokens("x", array, self._layer.input_size, self._x_shape, names)
+            )
+        names = "(I,)" if self._unbatched else "(B, I)"
+        return as_floats("x", array, self.dtype, self._x_shape, names)
+
+    @property
+    def state(self) -> Any:
+        """A copy of the state, as the layer takes and returns it; assign to it to change it."""
+        size, run = self._layer.hidden_size, self._run
+        parts = [self._h.copy()]
+        for i in range(self._layer.cell.carries):
+            parts.append(self._carry[:, :, i * run : i * run + size].copy())
+        return self._layer._state_out(parts, self._unbatched)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        size, run = self._layer.hidden_size, self._run
+        parts = self._layer._initial(state, self._count, self._unbatched)
+        self._h[...] = parts[0]
+        for i, value in enumerate(parts[1:]):
+            self._carry[:, :, i * run : i * run + size] = value

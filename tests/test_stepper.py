@@ -1,0 +1,148 @@
+"""A stepper takes the layer's own steps, to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastrnn
+from fastrnn.simd import lanes
+
+LAYERS = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}
+each_layer = pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS)
+each_dtype = pytest.mark.parametrize("dtype", ["f4", "f8"])
+
+
+def parts(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def same(found, wanted):
+    np.testing.assert_array_equal(found, wanted)
+    assert found.dtype == wanted.dtype
+
+
+@each_layer
+@each_dtype
+@pytest.mark.parametrize("batch", [None, 1, 3, 40])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_steps_are_those_of_the_layer(kind, dtype, batch, tokens, rng):
+    for inputs, size, layers in ((1, 1, 1), (5, lanes(np.dtype(dtype)) + 1, 3), (64, 64, 2)):
+        layer = kind(inputs, size, layers, dtype=dtype, seed=1, bias=size != 1)
+        shape = (7,) if batch is None else (7, batch)
+        if tokens:
+            x = rng.integers(inputs, size=shape)
+        else:
+            x = rng.standard_normal((*shape, inputs)).astype(dtype)
+        stepper = layer.stepper(batch, tokens=tokens)
+        wanted, last = layer(x)
+        for t in range(7):
+            same(stepper(x[t]), wanted[t])
+        for found, part in zip(parts(stepper.state), parts(last), strict=True):
+            same(found, part)
+        # From a state, and on from there.
+        stepper.state = last
+        again, last = layer(x[:2], last)
+        same(np.stack([stepper(x[0]), stepper(x[1])]), again)
+        stepper.state = None
+        same(stepper(x[0]), wanted[0])
+
+
+@each_layer
+def test_threads_do_not_matter(kind, rng, threads):
+    layer = kind(70, 130, 2, seed=0)
+    x = rng.standard_normal((3, 40, 70)).astype("f4")
+    one = layer.stepper(40)
+    wanted = [one(v) for v in x]
+    threads(2)
+    two = layer.stepper(40)
+    for v, y in zip(x, wanted, strict=True):
+        same(two(v), y)
+
+
+def test_out_is_all_that_is_written(rng):
+    layer = fastrnn.GRU(3, 17, seed=0)
+    x = rng.standard_normal((4, 3)).astype("f4")
+    memory = np.full(19, np.nan, "f4")
+    out = memory[1:18]
+    wanted, _ = layer(x)
+    stepper = layer.stepper()
+    for v, y in zip(x, wanted, strict=True):
+        assert stepper(v, out=out) is out
+        same(out, y)
+    assert np.isnan(memory[[0, 18]]).all()
+    first = stepper(x[0])
+    kept = first.copy()
+    stepper(x[1])
+    same(first, kept)
+
+
+def test_refresh_takes_over_new_weights(rng):
+    layer, other = fastrnn.LSTM(3, 4, seed=0), fastrnn.LSTM(3, 4, seed=1)
+    x = rng.standard_normal((2, 3)).astype("f4")
+    stepper = layer.stepper()
+    wanted, state = layer(x[:1])
+    layer.load_state_dict(other.params)
+    same(stepper(x[0]), wanted[0])
+    stepper.refresh()
+    same(stepper(x[1]), other(x[1:], state)[0][0])
+
+
+def test_inputs_of_any_kind_are_taken(rng):
+    layer = fastrnn.RNN(6, 5, seed=0)
+    x = rng.standard_normal((2, 12)).astype("f4")
+    wanted, _ = layer(np.ascontiguousarray(x[:1, ::2]))
+    same(layer.stepper()(x[0, ::2]), wanted[0])
+    same(layer.stepper()(x[:1, ::2].T[:, 0]), wanted[0])
+    same(layer.stepper(tokens=True)(4), layer(np.array([4]))[0][0])
+    same(layer.stepper(2, tokens=True)([4, 0]), layer(np.array([[4, 0]]))[0][0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "x", "error", "words"),
+    [
+        ({}, np.zeros(3, "f4"), ValueError, "x"),
+        ({}, np.zeros((1, 2), "f4"), ValueError, "x"),
+        ({"batch": 2}, np.zeros(2, "f4"), ValueError, "x"),
+        ({}, np.zeros(2, "c8"), TypeError, "x"),
+        ({}, None, TypeError, "x"),
+        ({"tokens": True}, 2, ValueError, "x"),
+        ({"tokens": True}, -1, ValueError, "x"),
+        ({"tokens": True}, 1.5, TypeError, "x"),
+        ({"tokens": True, "batch": 2}, [0], ValueError, "x"),
+    ],
+)
+def test_a_wrong_input_is_named_and_moves_nothing(arguments, x, error, words):
+    layer = fastrnn.LSTM(2, 3, seed=0)
+    stepper = layer.stepper(**arguments)
+    before = stepper.state
+    with pytest.raises(error, match=words):
+        stepper(x)
+    for one, other in zip(stepper.state, before, strict=True):
+        same(one, other)
+
+
+@pytest.mark.parametrize(
+    "out", [np.zeros(2, "f4"), np.zeros(3, "f8"), np.zeros(6, "f4")[::2], np.zeros((1, 3), "f4")]
+)
+def test_a_wrong_out_is_named(out):
+    stepper = fastrnn.LSTM(2, 3, seed=0).stepper()
+    with pytest.raises((ValueError, TypeError), match="out"):
+        stepper(np.zeros(2, "f4"), out=out)
+    frozen = np.zeros(3, "f4")
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="out"):
+        stepper(np.zeros(2, "f4"), out=frozen)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1.5, "2"])
+def test_a_wrong_batch_is_named(batch):
+    with pytest.raises((ValueError, TypeError), match="batch"):
+        fastrnn.GRU(2, 3).stepper(batch)
+
+
+def test_weights_that_kernels_cannot_read_are_refused():
+    layer = fastrnn.GRU(2, 3, seed=0)
+    layer.params["weight_hh_l0"] = np.zeros((9, 3), "f8")
+    with pytest.raises((ValueError, TypeError), match="weight_hh_l0"):
+        layer.stepper()
