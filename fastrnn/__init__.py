@@ -1,7 +1,7 @@
 """Recurrent networks trained and run on CPUs at the speed of hand-written C.
 
-Layers: RNN, GRU, LSTM, Linear, Embedding. Modules: models, train, generate, score, text, loss,
-optim, clip, checkpoint; reference is the same in NumPy, a line per equation.
+Layers: RNN, GRU, LSTM, Linear, Embedding; LanguageModel; warmup. Modules: models, train, generate,
+score, text, loss, optim, clip, checkpoint; reference is the same in NumPy, a line per equation.
 
 Names are looked up when they are first used: importing Numba takes most of a short program's time.
 """
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastrnn import checkpoint, clip, generate, loss, models, optim, score, text, train
+    from fastrnn.ahead import warmup
     from fastrnn.dense import Embedding, Linear
     from fastrnn.layers import GRU, LSTM, RNN
+    from fastrnn.models import LanguageModel
     from fastrnn.parallel import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -23,6 +25,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "Embedding",
+    "LanguageModel",
     "Linear",
     "checkpoint",
     "clip",
@@ -35,10 +38,12 @@ __all__ = [
     "set_num_threads",
     "text",
     "train",
+    "warmup",
 ]
 
 _PLACES = dict.fromkeys(("GRU", "LSTM", "RNN"), "layers")
 _PLACES |= dict.fromkeys(("Embedding", "Linear"), "dense")
+_PLACES |= {"LanguageModel": "models", "warmup": "ahead"}
 _PLACES |= dict.fromkeys(("get_num_threads", "set_num_threads"), "parallel")
 
 

@@ -32,7 +32,7 @@ LEVELS = (
     {"layers", "dense"},
     {"models"},
     {"train", "generate", "score"},
-    {"cli"},
+    {"cli", "ahead"},
     {"__main__"},
 )
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}

@@ -529,3 +529,46 @@ def test_two_processes_compile_two_types(shared, tmp_path, monkeypatch):
     assert single == shared.expected["linear"]
     assert double == pytest.approx(single)
     assert double != single
+
+
+WARMED = """
+import sys
+from pathlib import Path
+import numpy as np
+import fastrnn
+from fastrnn.generate import generate
+from fastrnn.train import Settings, Trainer
+
+def kernels():
+    return {path.name for path in Path(sys.argv[1]).rglob("*.nbc")}
+
+fastrnn.warmup("gru")
+warm = kernels()
+assert warm
+layer = fastrnn.GRU(5, 7)
+y, _, saved = layer.forward(np.zeros((3, 2, 5), "f4"))
+layer.backward(saved, y.copy())
+layer.stepper()(np.zeros(5, "f4"))
+model = fastrnn.LanguageModel(9, 8, cell="gru", embedding_size=8)
+Trainer(model, np.arange(500) % 9, Settings(steps=2, batch=2, tbptt_steps=8)).fit()
+generate(model, [1], 3)
+print(sorted(kernels() - warm))
+"""
+
+
+def test_after_warmup_nothing_is_compiled(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", WARMED, str(tmp_path)],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("cells", ["lstn", ["gru", 3]])
+def test_warmup_names_what_it_does_not_know(cells):
+    with pytest.raises((TypeError, ValueError), match="cells"):
+        fastrnn.warmup(cells)
