@@ -141,8 +141,11 @@ class Race:
 def start(
     pythons: dict[str, str], threads: int, contestants: list[str]
 ) -> dict[str, dict[str, float]]:
-    """Seconds to import and to the end of the first training step of a small LSTM, in a fresh
-    process; of fastrnn with an empty cache ("cold") and with a full one."""
+    """Seconds to import, and from there to the end of the first training step of a small LSTM.
+
+    In a fresh process each; of fastrnn with an empty cache ("cold") and with a full one. What a
+    contestant imports when it is first used counts as its first step.
+    """
     found: dict[str, dict[str, float]] = {}
     with _right_answer("small", "lstm") as wanted, tempfile.TemporaryDirectory() as cache:
         for name in ["fastrnn (cold)", *contestants]:
