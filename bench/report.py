@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from bench.cases import find
+from bench.cases import SWEEP, find
 
 
 def commit() -> str:
@@ -109,6 +109,10 @@ def markdown(record: dict[str, Any], plots: list[str]) -> str:
     return "\n".join(lines)
 
 
+def _is_sweep(results: list[dict[str, Any]]) -> bool:
+    return {entry["case"] for entry in results} == set(SWEEP)
+
+
 def _time(found: dict[str, Any]) -> str:
     if not found.get("rounds"):
         return ""
@@ -165,7 +169,7 @@ def draw(folder: Path, stem: str, record: dict[str, Any]) -> list[str]:
 
     for mode in dict.fromkeys(entry["mode"] for entry in record["results"]):
         chosen = [entry for entry in record["results"] if entry["mode"] == mode]
-        if all(re.match(r"T\d", entry["case"]) for entry in chosen):
+        if _is_sweep(chosen):
             figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
             for axis, size in zip(axes, "HBT", strict=True):
                 _lines(axis, chosen, size)
@@ -193,7 +197,7 @@ def write(folder: Path, record: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     about = record["about"]
     words = re.sub(r"[^a-z0-9]+", "-", about["cpu"].lower()).strip("-")
-    sweep = all(re.match(r"T\d", entry["case"]) for entry in record["results"])
+    sweep = _is_sweep(record["results"])
     stem = "-".join(filter(None, [words, about["commit"], about["dtype"], "sweep" * sweep]))
     (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     plots = draw(folder, stem, record)
