@@ -17,6 +17,8 @@ from fastrnn.memory import empty
 from fastrnn.module import Module, Params, new_grads
 
 CELL_NAMES = ("lstm", "gru", "rnn")
+# How much larger than those of a Linear the head's weights start: it learns faster so.
+_HEAD = 4
 # Seeds of one step: one for each layer, the last for the dropout before the head.
 SEEDS = 256
 # Numbers of logits that are worked on at a time where no gradient is wanted.
@@ -36,7 +38,8 @@ class LanguageModel(Module):
     embedding_size  E, width of an embedding before the first layer; 0: the first layer takes tokens
     dropout         probability between layers and before the logits, in training (Zaremba et al.
                     2014, arXiv:1409.2329v5)
-    dtype           float32 or float64; seed draws the initial weights
+    dtype           float32 or float64
+    seed            draws the initial weights: PyTorch's, the head's up to +-4/sqrt(H)
 
     `params` has the keys of the parts after "embedding.", "rnn." and "head.".
     """
@@ -78,6 +81,7 @@ class LanguageModel(Module):
             seed=seeds[1],
         )
         self.head = Linear(hidden_size, vocab_size, dtype=self.dtype, seed=seeds[2])
+        self.head.params["weight"] *= _HEAD
         parts = {"embedding": self.embedding, "rnn": self.rnn, "head": self.head}
         self._parts: dict[str, Any] = {name: part for name, part in parts.items() if part}
         # The parts own their arrays; to change one, write into it.

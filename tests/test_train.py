@@ -342,7 +342,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(optimizer, schedule):
 @pytest.mark.parametrize("average", [0, 0.7])
 @pytest.mark.parametrize("stop", range(1, 14))
 def test_a_run_may_be_stopped_after_any_step(stop, average):
-    settings = new_settings(schedule="plateau", val_every=3, lr=1.0, average=average)
+    settings = new_settings(schedule="plateau", val_every=3, lr=0.5, average=average)
     sizes = {"cell": "gru", "dropout": 0.2, "embedding_size": 3}
     whole, told = broken_run([], settings, sizes)
     assert whole[1]["schedule"]["scale"] < 1, "the rate never fell: this tests nothing"
