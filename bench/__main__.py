@@ -40,6 +40,13 @@ def _cases(text: str) -> list[str]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _interpreter(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if name not in NAMES or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, NAME of {','.join(NAMES)}")
+    return name, path
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--cases", type=_cases, default=list(CASES), help=",".join(CASES))
@@ -58,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--start", action="store_true", help="imports and first steps as well")
     parser.add_argument(
         "--python",
+        type=_interpreter,
         action="append",
         default=[],
         metavar="NAME=PATH",
@@ -83,10 +91,9 @@ def main() -> int:
     options = _parser().parse_args()
     if options.quick:
         options.cases, options.rounds, options.seconds = list(QUICK), 3, 0.15
-        options.contestants = [name for name in options.contestants if name != "torch_compile"]
     if options.sweep:
         options.cases, options.contestants = list(SWEEP), ["fastrnn"]
-    pythons = dict(pair.split("=", 1) for pair in options.python)
+    pythons = dict(options.python)
     about = {
         "cpu": cpu(),
         "threads": options.threads,

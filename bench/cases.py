@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-CELLS = ("rnn", "gru", "lstm")
+# How many products of H rows a cell has.
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+CELLS = tuple(GATES)
 
 
 class Case(NamedTuple):
@@ -19,8 +21,7 @@ class Case(NamedTuple):
 
     def operations(self, cell: str, mode: str = "training") -> int:
         """Floating-point operations of the products of one step; training does each three times."""
-        gates = {"rnn": 1, "gru": 3, "lstm": 4}[cell]
-        once = 2 * self.T * self.B * gates * self.H * (self.I + self.H)
+        once = 2 * self.T * self.B * GATES[cell] * self.H * (self.I + self.H)
         return 3 * once if mode == "training" else once
 
 
@@ -40,10 +41,12 @@ CASES = {
 }
 QUICK = ("small",)
 # One size at a time.
-SWEEP = (
-    *(f"T64B32I{H}H{H}" for H in (32, 64, 128, 256, 512, 1024)),
-    *(f"T64B{B}I128H128" for B in (1, 8, 32, 128, 512)),
-    *(f"T{T}B32I128H128" for T in (16, 64, 256, 1024, 4096)),
+SWEEP = tuple(
+    dict.fromkeys(
+        [f"T64B32I{H}H{H}" for H in (32, 64, 128, 256, 512, 1024)]
+        + [f"T64B{B}I128H128" for B in (1, 8, 32, 128, 512)]
+        + [f"T{T}B32I128H128" for T in (16, 64, 256, 1024, 4096)]
+    )
 )
 
 

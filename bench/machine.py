@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import time
 from pathlib import Path
@@ -52,12 +53,18 @@ def cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def limits(threads: int, seconds: float, dtype: str = "float32") -> dict[str, float]:
+@functools.cache
+def _memory(dtype: str) -> np.ndarray:
+    # Not zeros: pages that nobody has written are one page.
+    return np.ones(_MEMORY // np.dtype(dtype).itemsize, dtype)
+
+
+def limits(threads: int, seconds: float, dtype: str) -> dict[str, float]:
     """Best of the time given: GFLOP/s of multiply-adds, GB/s of reading memory."""
     set_num_threads(threads)
     width = lanes(dtype)
     x = np.zeros(width * max(1, threads), dtype)
-    memory = np.zeros(_MEMORY // x.itemsize, dtype)
+    memory = _memory(dtype)
 
     def best(work: float, function: object, *arguments: object) -> float:
         run(function, threads, *arguments)  # compiles

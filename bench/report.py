@@ -144,7 +144,8 @@ def _lines(axis: Any, results: list[dict[str, Any]], size: str) -> None:
             taken = seconds(entry, "fastrnn")
             if taken and all(getattr(case, k) == v for k, v in usual.items() if k != size):
                 points[getattr(case, size)] = taken / case.T / case.B * 1e6
-        axis.plot(list(points), list(points.values()), marker="o", label=cell.upper())
+        sizes = sorted(points)
+        axis.plot(sizes, [points[n] for n in sizes], marker="o", label=cell.upper())
     axis.set(xscale="log", yscale="log", xlabel=size, ylabel="microseconds of a token")
 
 

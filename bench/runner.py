@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from bench.problem import problem, solve
 # Distance to the reference, relative and in norm: float32 eps times the root of a long chain.
 GATE = {"float32": 2e-5, "float64": 1e-11}
 _SECONDS_OF_LIMITS = 0.2
+# Seconds that a contestant may take to compile a case.
+_PATIENCE = 120
 
 
 class Process:
@@ -48,6 +51,9 @@ class Process:
         assert self._process.stdout is not None
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
+            if not select.select([self._process.stdout], [], [], _PATIENCE)[0]:
+                self._process.kill()
+                return {"failed": f"no answer within {_PATIENCE} s"}
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -56,11 +62,15 @@ class Process:
     def end(self) -> None:
         """Close it and wait."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        # If it has ended already, what it was never told cannot be sent.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _right_answer(case: str, cell: str) -> Iterator[str]:
     """A file with the reference's answer in float64."""
     with tempfile.TemporaryDirectory() as folder:
@@ -107,19 +117,23 @@ class Race:
                 else:
                     found[name] = answer | {"rounds": []}
                 if "missing" in found[name]:
-                    self.tell(f"  {name}: {found[name]['missing'][:90]}")
-                    self.failures += name == "fastrnn"
+                    self._tell_missing(name, found[name])
         racing = [name for name in found if "rounds" in found[name]]
         limits = []
         for turn in range(self.rounds):
-            limits.append(self._machine.ask(do="limits", seconds=_SECONDS_OF_LIMITS))
+            limits.append(self._machine.ask(do="limits", seconds=_SECONDS_OF_LIMITS, dtype=dtype))
+            if "failed" in limits[-1]:
+                raise RuntimeError(f"bench.machine: {limits[-1]['failed']}")
             # Nobody always runs after the same one.
-            for name in itertools.islice(itertools.cycle(racing), turn, turn + len(racing)):
+            for name in list(itertools.islice(itertools.cycle(racing), turn, turn + len(racing))):
                 # The threads of the one before may still spin.
                 time.sleep(0.05)
                 answer = self._processes[name].ask(do="time", seconds=self.seconds)
                 if "failed" in answer:
-                    raise RuntimeError(f"{name}: {answer['failed']}")
+                    found[name] = {"missing": answer["failed"][:200]}
+                    racing.remove(name)
+                    self._tell_missing(name, found[name])
+                    continue
                 found[name]["rounds"].append(statistics.median(answer["times"]))
         entry = {
             "mode": mode,
@@ -131,6 +145,10 @@ class Race:
         }
         self.results.append(entry)
         return entry
+
+    def _tell_missing(self, name: str, found: dict[str, Any]) -> None:
+        self.tell(f"  {name}: {found['missing'][:90]}")
+        self.failures += name == "fastrnn"
 
     def end(self) -> None:
         """End all processes."""

@@ -12,7 +12,7 @@ from fastrnn.clip import clip_grad_norm_
 from fastrnn.generate import generate
 from fastrnn.layers import GRU, LSTM, RNN
 from fastrnn.models import CELL_NAMES, LanguageModel
-from fastrnn.optim import Adam
+from fastrnn.optim import Adam, blend_
 
 
 def warmup(
@@ -28,9 +28,13 @@ def warmup(
     server, or before many processes start at once, it moves that time to where it does not matter.
     """
     dtype = as_dtype(dtype)
-    names = (*CELL_NAMES, "rnn_relu")
-    for cell in (cells,) if isinstance(cells, str) else tuple(cells):
-        as_choice("cells", cell, names)
+    try:
+        chosen = (cells,) if isinstance(cells, str) else tuple(cells)
+    except TypeError:
+        raise TypeError(f"cells: expected a name or several, got {cells!r:.100}") from None
+    for cell in chosen:
+        as_choice("cells", cell, (*CELL_NAMES, "rnn_relu"))
+    for cell in chosen:
         kind: Any = {"lstm": LSTM, "gru": GRU}.get(cell, RNN)
         options: dict[str, Any] = {"nonlinearity": "relu"} if cell == "rnn_relu" else {}
         layer = kind(2, 2, dtype=dtype, seed=0, **options)
@@ -40,10 +44,13 @@ def warmup(
         layer.backward(saved, np.zeros_like(y))
         layer.stepper()(x[0, 0])
         if models and cell in CELL_NAMES:
-            model = LanguageModel(3, 2, cell=cell, embedding_size=2, dtype=dtype, seed=0)
+            sizes: dict[str, Any] = {"embedding_size": 2, "dropout": 0.5, "dtype": dtype}
+            model: Any = LanguageModel(3, 2, cell=cell, seed=0, **sizes)
             tokens = np.zeros((2, 1), np.int32)
             _, grads, _ = model.loss_and_grads(tokens, tokens)
             clip_grad_norm_(grads, 1.0)
             Adam(dict(model.params), 1e-3).step(grads)
+            blend_({k: v.copy() for k, v in grads.items()}, grads, 0.5)
+            model.embedding.backward(tokens, np.zeros((2, 1, 2), dtype))
             model.token_losses(tokens, tokens)
             generate(model, tokens[:, 0], 2, seed=0)

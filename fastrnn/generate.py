@@ -199,7 +199,8 @@ def generate(
     if seed is None:
         seed = int(np.random.default_rng().integers(2**63))
     seed = as_size("seed", seed, -(2**63))
-    work = length * batch * (bound.weights.size + hidden * vocabulary)
+    table = 0 if model.embedding is not None else rnn.params["weight_ih_l0"].size
+    work = length * batch * (bound.weights.size - table + hidden * vocabulary)
     run(
         _generate,
         parts_for(work, batch),

@@ -136,8 +136,9 @@ class Stepper:
     """Takes a stack of layers one step at a time; made by `LSTM.stepper` and its like.
 
     `stepper(x)` is one step: x (B, input_size), or (input_size,) if it was made without a batch;
-    the result is the last layer's output, (B, H) or (H,): a new array, or `out`, which is then all
-    that is written beside the state. Outputs and state have the same bits as those of the layer.
+    with `tokens`, integers (B,) or one. The result is the last layer's output, (B, H) or (H,): a
+    new array, or `out`, which is then all that is written beside the state. Outputs and state have
+    the same bits as those of the layer.
 
     Weights are those of the moment it was made; `refresh` takes over later ones. A stepper must not
     be used by two threads at once; make one for each.
@@ -172,8 +173,9 @@ class Stepper:
         keys = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         layers = [[layer.params.get(f"{k}_l{i}") for k in keys] for i in range(layer.num_layers)]
         bound = bind(cell, layers, self._tokens)
-        work = self._count * bound.weights.size
-        self._parts = parts_for(work, self._count)
+        # Of a table of tokens a sequence reads one row.
+        table = layer.params["weight_ih_l0"].size if self._tokens else 0
+        self._work = self._count * (bound.weights.size - table)
         self._fixed = (cell, cell.tail, self._columns, *bound)
         self._state = (self._h, self._carry, self._s)
         example = (*self._fixed, self._no_x, self._no_tokens, *self._state, self._no_x)
@@ -186,7 +188,7 @@ class Stepper:
             type(x) is np.ndarray
             and x.shape == self._x_shape
             and x.dtype == self._x_dtype
-            and x.flags.c_contiguous
+            and x.flags.carray
             and not self._tokens
         ):
             x = self._checked(x)
@@ -202,10 +204,11 @@ class Stepper:
         flat = out if self._unbatched else out.reshape(-1)
         x = x if x.ndim == 1 else x.reshape(-1)
         x, tokens = (self._no_x, x) if self._tokens else (x, self._no_tokens)
-        if self._parts == 1:
+        parts = parts_for(self._work, self._count)
+        if parts == 1:
             self._kernel(0, 1, *self._fixed, x, tokens, *self._state, flat)
         else:
-            run(_step, self._parts, *self._fixed, x, tokens, *self._state, flat)
+            run(_step, parts, *self._fixed, x, tokens, *self._state, flat)
         return out
 
     def _checked(self, x: Any) -> np.ndarray:

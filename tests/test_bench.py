@@ -16,8 +16,8 @@ pytest.importorskip("bench", reason="not a checkout")
 
 from bench import report  # noqa: E402
 from bench.cases import CASES, find  # noqa: E402
-from bench.problem import GATES, error, problem, solve  # noqa: E402
-from bench.runner import GATE  # noqa: E402
+from bench.problem import GATES, Answer, error, problem, solve  # noqa: E402
+from bench.runner import GATE, Process  # noqa: E402
 
 
 def test_a_case_is_named_or_spelled_out():
@@ -39,6 +39,20 @@ def test_the_gate_sees_every_array(cell, spoil):
         array.reshape(-1)[0] += spoil * np.linalg.norm(array)
         assert not error(found, wanted) <= GATE["float32"]
         array[...] = kept
+
+
+def test_the_gate_asks_for_gradients():
+    case = find("T3B2I4H5")
+    wanted = solve(problem(case, "gru", "float64"), "gru")
+    assert np.isnan(error(Answer(wanted.y), wanted))
+    assert error(Answer(wanted.y), Answer(wanted.y)) == 0
+
+
+def test_a_process_that_is_dead_says_so_and_can_be_ended():
+    process = Process("bench.machine", "/bin/false", 1)
+    for _ in range(2):
+        assert "ended" in process.ask(do="limits", seconds=0.1, dtype="float32")["failed"]
+    process.end()
 
 
 def entry(ours, theirs, mode="training", gflops=100.0):

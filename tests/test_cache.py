@@ -549,8 +549,11 @@ layer = fastrnn.GRU(5, 7)
 y, _, saved = layer.forward(np.zeros((3, 2, 5), "f4"))
 layer.backward(saved, y.copy())
 layer.stepper()(np.zeros(5, "f4"))
-model = fastrnn.LanguageModel(9, 8, cell="gru", embedding_size=8)
-Trainer(model, np.arange(500) % 9, Settings(steps=2, batch=2, tbptt_steps=8)).fit()
+model = fastrnn.LanguageModel(9, 8, cell="gru", embedding_size=8, dropout=0.2, num_layers=2)
+settings = Settings(steps=2, batch=2, tbptt_steps=8, average=0.9)
+Trainer(model, np.arange(500) % 9, settings).fit()
+table = fastrnn.Embedding(5, 3)
+table.backward(*table.forward(np.arange(5))[::-1])
 generate(model, [1], 3)
 print(sorted(kernels() - warm))
 """
@@ -568,7 +571,7 @@ def test_after_warmup_nothing_is_compiled(tmp_path):
     assert run.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("cells", ["lstn", ["gru", 3]])
+@pytest.mark.parametrize("cells", ["lstn", ["gru", 3], 3, None])
 def test_warmup_names_what_it_does_not_know(cells):
     with pytest.raises((TypeError, ValueError), match="cells"):
         fastrnn.warmup(cells)

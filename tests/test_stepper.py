@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fastrnn
+import fastrnn.stepper
 from fastrnn.simd import lanes
 
 LAYERS = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}
@@ -146,3 +147,28 @@ def test_weights_that_kernels_cannot_read_are_refused():
     layer.params["weight_hh_l0"] = np.zeros((9, 3), "f8")
     with pytest.raises((ValueError, TypeError), match="weight_hh_l0"):
         layer.stepper()
+
+
+def test_a_read_only_input_compiles_nothing_new(threads, rng):
+    threads(2)
+    layer = fastrnn.GRU(70, 130, seed=0)
+    x = rng.standard_normal((2, 40, 70)).astype("f4")
+    stepper = layer.stepper(40)
+    wanted = stepper(x[0])
+    before = len(fastrnn.stepper._step.signatures)
+    x.flags.writeable = False
+    stepper.state = None
+    same(stepper(x[0]), wanted)
+    assert len(fastrnn.stepper._step.signatures) == before
+
+
+def test_a_stepper_uses_the_threads_of_the_moment(threads, monkeypatch):
+    parts = []
+    run = fastrnn.stepper.run
+    monkeypatch.setattr(fastrnn.stepper, "run", lambda f, n, *a: (parts.append(n), run(f, n, *a)))
+    threads(3)
+    stepper = fastrnn.LSTM(100, 200, seed=0).stepper(40)
+    for count in (3, 2, 1):
+        threads(count)
+        stepper(np.zeros((40, 100), "f4"))
+    assert parts == [3, 2]

@@ -12,4 +12,4 @@ class Missing(Exception):
     """The contestant has no such thing."""
 
 
-NAMES = ("fastrnn", "torch", "torch_compile", "jax", "keras", "onnx", "numpy")
+NAMES = ("fastrnn", "torch", "jax", "keras", "onnx", "numpy")

@@ -12,9 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bench.cases import Case
-from bench.peers import Missing
-from bench.problem import GATES, Answer, Problem, problem
+from bench.cases import GATES, Case
+from bench.problem import Answer, Problem, problem
 
 # Keras keeps (z, r, h) of a GRU, PyTorch (r, z, n).
 _BLOCKS = {"rnn": [0], "gru": [1, 0, 2], "lstm": [0, 1, 2, 3]}
@@ -27,11 +26,10 @@ def _to_keras(cell: str, H: int, weight: np.ndarray) -> np.ndarray:
 
 
 def _layer(case: Case, cell: str, dtype: str, threads: int) -> tuple[Any, Problem]:
-    try:
+    # May be said again, but not changed, once it is in use.
+    if tf.config.threading.get_intra_op_parallelism_threads() != threads:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
-    except RuntimeError:
-        pass  # set already, by the case before
     given = problem(case, cell, dtype)
     p = {key: _to_keras(cell, case.H, value) for key, value in given.params.items()}
     kind = {"rnn": keras.layers.SimpleRNN, "gru": keras.layers.GRU, "lstm": keras.layers.LSTM}
@@ -93,6 +91,3 @@ def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
     x = tf.constant(_by_time(given.x))
     compiled = tf.function(lambda x: layer(x, training=False))
     return lambda: compiled(x).numpy(), lambda y: Answer(y.swapaxes(0, 1))
-
-
-__all__ = ["Missing", "inference", "training"]

@@ -9,9 +9,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from bench.cases import Case
+from bench.cases import GATES, Case
 from bench.peers import Missing
-from bench.problem import GATES, Answer, problem
+from bench.problem import Answer, problem
 
 # ONNX keeps (z, r, h) of a GRU and (i, o, f, c) of an LSTM.
 _BLOCKS = {"rnn": [0], "gru": [1, 0, 2], "lstm": [0, 3, 1, 2]}

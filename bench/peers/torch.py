@@ -1,8 +1,12 @@
-"""PyTorch, as it is."""
+"""PyTorch, as it is.
+
+`torch.compile` is no contestant: it leaves recurrent layers alone, and if told not to
+(`torch._dynamo.config.allow_rnn`) it writes out every step: PyTorch 2.13 had not finished with 64
+steps of an LSTM after two minutes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,18 +24,15 @@ def _layer(case: Case, cell: str, dtype: str, threads: int) -> tuple[Any, Proble
     return layer, given
 
 
-def training(
-    case: Case, cell: str, dtype: str, threads: int, prepare: Callable = lambda layer: layer
-) -> Any:
+def training(case: Case, cell: str, dtype: str, threads: int) -> Any:
     """forward and autograd's backward."""
     layer, given = _layer(case, cell, dtype, threads)
     x, d_y = torch.from_numpy(given.x).requires_grad_(), torch.from_numpy(given.d_y)
-    prepared = prepare(layer)
 
     def step() -> Any:
         layer.zero_grad()
         x.grad = None
-        y, _ = prepared(x)
+        y, _ = layer(x)
         y.backward(d_y)
         return y
 
@@ -41,16 +42,14 @@ def training(
     return step, read
 
 
-def inference(
-    case: Case, cell: str, dtype: str, threads: int, prepare: Callable = lambda layer: layer
-) -> Any:
+def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
     """forward under inference_mode."""
     layer, given = _layer(case, cell, dtype, threads)
     x = torch.from_numpy(given.x)
-    prepared = prepare(layer.eval())
+    layer.eval()
 
     def step() -> Any:
         with torch.inference_mode():
-            return prepared(x)[0]
+            return layer(x)[0]
 
     return step, Answer
