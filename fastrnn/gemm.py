@@ -20,18 +20,23 @@ from fastrnn.simd import (
     keep_alive,
     load,
     load_n,
+    machine,
     restore_denormals,
     store,
     store_n,
     width_of,
 )
-from fastrnn.tile import COLS, ROWS, STRIP, tile, tile_of_strip
+from fastrnn.tile import COLS, LINE, ROWS, STRIP, tile, tile_of_strip
 
+# Bytes of a register.
+WIDTH = machine().width
 # Columns of k worked on at a time: a block of a panel, 128 KiB at most, comes from the second-level
 # cache; deeper, C is loaded and stored less often.
 DEPTH = 512
 # Rows of x and d worked on at a time, likewise: their strips are packed and stay closer.
 RUN = 256
+# Bytes of panels that are thought to stay in the second-level cache.
+NEAR = 1 << 19
 # Rows of A that pass over one panel block before the next.
 HEIGHT = 96
 # Strips that are filled at once: they stay in the second-level cache.
@@ -80,6 +85,8 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
     one row of init. P holds panels of depth k for n columns. C may be init if there is one group.
     """
     w = width_of(c)
+    line = w * LINE // WIDTH
+    far = n * k * WIDTH // w > NEAR
     for top in range(0, m, HEIGHT):
         height = min(HEIGHT, m - top)
         tiles = (height + ROWS - 1) // ROWS
@@ -90,6 +97,11 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
             for deep in range(0, k, DEPTH):
                 depth = min(DEPTH, k - deep)
                 panel = at(p, left * k + deep * cols * w)
+                # The next block follows this one; after the last comes the first again.
+                size = depth * cols * w
+                ahead = p if left + width == n and deep + depth == k else at(panel, size)
+                lines = 1 if tiles * groups * line >= cols * w else 2
+                step = depth * lines * line
                 for group in range(groups):
                     for q in range(tiles):
                         row = top + height * q // tiles
@@ -99,9 +111,11 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
                         start, start_row = into, c_row
                         if deep == 0:
                             start, start_row = at(init, row * init_row + left), init_row
+                        skip = (group * tiles + q) * step
                         tile(
-                            rows, cols, last, depth, first, a_row,
-                            panel, start, start_row, into, c_row,
+                            rows, cols, last, depth, first, a_row, panel,
+                            lines if far and skip < size else 0, at(ahead, skip),
+                            start, start_row, into, c_row,
                         )  # fmt: skip
 
 

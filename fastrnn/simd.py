@@ -185,6 +185,15 @@ def multiply_add(builder: ir.IRBuilder, vec: Vec, a: Any, b: Any, c: Any) -> Any
     return builder.call(function, [a, b, c])
 
 
+def prefetch(builder: ir.IRBuilder, pointer: Any) -> None:
+    """Have the line at `pointer` brought to the second-level cache; any address will do."""
+    i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    options = [ir.Constant(i32, option) for option in (0, 2, 1)]
+    builder.call(function, [builder.bitcast(pointer, byte), *options])
+
+
 # ---- arithmetic on Vec, with numbers allowed on either side
 
 
