@@ -100,8 +100,10 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
                 # The next block follows this one; after the last comes the first again.
                 size = depth * cols * w
                 ahead = p if left + width == n and deep + depth == k else at(panel, size)
-                lines = 1 if tiles * groups * line >= cols * w else 2
-                step = depth * lines * line
+                # As many tiles ask as there are lines for, if there are as many.
+                asking = size // (depth * line) if far and cols == COLS else 0
+                if asking > tiles * groups:
+                    asking = 0
                 for group in range(groups):
                     for q in range(tiles):
                         row = top + height * q // tiles
@@ -111,11 +113,10 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
                         start, start_row = into, c_row
                         if deep == 0:
                             start, start_row = at(init, row * init_row + left), init_row
-                        skip = (group * tiles + q) * step
+                        turn = group * tiles + q
                         tile(
-                            rows, cols, last, depth, first, a_row, panel,
-                            lines if far and skip < size else 0, at(ahead, skip),
-                            start, start_row, into, c_row,
+                            rows, cols, last, depth, first, a_row, 1 if turn < asking else 0, panel,
+                            at(ahead, turn * depth * line), start, start_row, into, c_row,
                         )  # fmt: skip
 
 
