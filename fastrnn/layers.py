@@ -27,10 +27,11 @@ from fastrnn.checks import (
     as_tokens,
 )
 from fastrnn.dropout import dropout
+from fastrnn.meeting import NOBODY, together
 from fastrnn.memory import empty, zeros
 from fastrnn.module import Module, Params, new_grads
 from fastrnn.pack import indices, pack, pack_bias, pack_transposed
-from fastrnn.parallel import parts_for, run
+from fastrnn.parallel import get_num_threads, parts_for, run
 from fastrnn.simd import lanes, padded
 from fastrnn.stepper import Stepper
 
@@ -39,6 +40,9 @@ State = Any  # h (layers, B, H), or for the LSTM (h, c)
 # A chunk of pre-activations of one slice of the batch stays within the second-level cache, unless
 # too few rows would then share a pass over the weights.
 _CHUNK_BYTES = 1 << 18
+# Multiply-adds of a step from which two threads share it, bytes of weights that do not stay in the
+# second-level cache, and sequences of a thread that make up for reading them.
+_SHARED, _LARGE, _FEW = 1 << 16, 1 << 20, 12
 
 
 @dataclass
@@ -217,6 +221,20 @@ class _Recurrent(Module):
         output.flags.writeable = not keep
         return output, self._state_out(last, unbatched), result
 
+    def _parts_of_units(self, batch: int) -> int:
+        """How many threads are to share the units of a step, rather than the sequences: if above 1.
+
+        They do where there are fewer sequences than threads, and where weights that do not stay in
+        the second-level cache would be read by each thread for a few sequences.
+        """
+        threads = get_num_threads()
+        work = batch * self.cell.gates * self.hidden_size**2
+        parts = min(threads, recurrence.slices_of_units(self.hidden_size, self.dtype))
+        few = work * self.dtype.itemsize > batch * _LARGE and batch < _FEW * threads
+        if work < _SHARED or parts < min(threads, batch) or not (batch < threads or few):
+            return 1
+        return parts
+
     def _run_layer(
         self, layer: int, x: np.ndarray, vectors: np.ndarray | None, states: list, keep: bool
     ) -> _Saved:
@@ -226,10 +244,14 @@ class _Recurrent(Module):
         weight_x, weight_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
         tokens = x.dtype == np.int32
         work = steps * batch * cell.gates * hidden * (size + (0 if tokens else weight_x.shape[1]))
-        parts = parts_for(work, batch)
         row = cell.tape * hidden
-        rows = -(-batch // parts)
-        chunk = max(_CHUNK_BYTES // (rows * row * dtype.itemsize), gemm.HEIGHT // rows)
+        meet = self._parts_of_units(batch)
+        if meet > 1:
+            rows, columns = batch, row // meet
+        else:
+            parts = parts_for(work, batch)
+            rows, columns = -(-batch // parts), row
+        chunk = max(_CHUNK_BYTES // (rows * columns * dtype.itemsize), gemm.HEIGHT // rows)
         chunk = max(1, min(steps, chunk))
         h = empty((steps + 1, batch, size), dtype)
         h[0] = states[0]
@@ -240,7 +262,10 @@ class _Recurrent(Module):
         tape = empty((steps if keep else chunk, batch, row), dtype)
         b_x, b_h = self.params.get(f"bias_ih_l{layer}"), self.params.get(f"bias_hh_l{layer}")
         bias = pack_bias(cell, size, dtype, b_x, b_h)
-        packed = pack_transposed(weight_x, cell.order_x, rows=tokens and vectors is None)
+        gathered = tokens and vectors is None
+        packed = pack_transposed(
+            weight_x, cell.order_x, rows=gathered, apart=meet > 1 and not tokens
+        )
         if vectors is not None:
             # What each token adds to the sums, bias and all.
             shared = bias[: cell.gates * hidden]
@@ -250,21 +275,12 @@ class _Recurrent(Module):
             packed = table.reshape(-1)
             # Adding it changes no number, not even the sign of a zero.
             shared.fill(-0.0)
-        run(
-            recurrence.forward_slice,
-            parts,
-            cell,
-            cell.tail,
-            chunk,
-            int(keep),
-            x,
-            packed,
-            pack_transposed(weight_h, cell.order_h),
-            bias,
-            h,
-            carry,
-            tape,
-        )
+        packed_h = pack_transposed(weight_h, cell.order_h, apart=meet > 1)
+        arguments = (cell, cell.tail, chunk, int(keep), x, packed, packed_h, bias, h, carry, tape)
+        if meet > 1:
+            together(recurrence.forward_slice, meet, *arguments)
+        else:
+            run(recurrence.forward_slice, parts, NOBODY, *arguments)
         # A view, since backward relies on the shape.
         return _Saved(x, h, carry, tape, None if vectors is None else vectors.view(), 0)
 
@@ -338,19 +354,14 @@ class _Recurrent(Module):
         for i, value in enumerate(d_last[1:]):
             d_carry[:, i * hidden : i * hidden + size] = value
         work = steps * batch * cell.gates * hidden * size
-        run(
-            recurrence.backward_slice,
-            parts_for(work, batch),
-            cell,
-            cell.tail,
-            d_y,
-            pack(weight_h, cell.order_h, hidden),
-            s.h,
-            s.carry,
-            s.tape,
-            d_h,
-            d_carry,
-        )
+        packed = pack(weight_h, cell.order_h, hidden)
+        arguments = (cell, cell.tail, d_y, packed, s.h, s.carry, s.tape, d_h, d_carry)
+        meet = self._parts_of_units(batch)
+        if meet > 1:
+            together(recurrence.backward_slice, meet, *arguments)
+        else:
+            parts = parts_for(work, batch)
+            run(recurrence.backward_slice, parts, NOBODY, *arguments)
         d_w_x = grads[f"weight_ih_l{layer}"]
         unused = np.zeros(len(weight_x), dtype)
         d_b_x = grads.get(f"bias_ih_l{layer}", unused)

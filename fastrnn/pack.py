@@ -18,10 +18,11 @@ from fastrnn.simd import lanes, load_n, padded, store, transpose, width_of
 
 
 @kernel
-def _pack_transposed(part, parts, weight, order, size, cols, p):
+def _pack_transposed(part, parts, weight, order, size, cols, stretch, p):
     """Panels of `weight.T`: column g*run + u is row order[g]*size + u, zero in the padding.
 
-    `cols` registers make a panel: COLS for `multiply`; all of them for rows to be gathered.
+    `cols` registers make a panel: COLS for `multiply`; all of them for rows to be gathered. Each
+    `stretch` of registers has panels of its own.
     """
     w = width_of(weight)
     k = weight.shape[1]
@@ -32,9 +33,10 @@ def _pack_transposed(part, parts, weight, order, size, cols, p):
         u = (q - g * blocks) * w
         row = order[g] * size + u
         valid = min(w, size - u)
-        group = q // cols
-        step = min(cols, total - group * cols) * w
-        base = group * cols * w * k + (q - group * cols) * w
+        begin = q // stretch * stretch
+        begin += (q - begin) // cols * cols
+        step = min(cols, q // stretch * stretch + stretch - begin) * w
+        base = begin * w * k + (q - begin) * w
         whole = k - k % w if valid == w else 0
         for j in range(0, whole, w):
             transpose(weight, row * k + j, k, p, base + j * step, step)
@@ -69,16 +71,20 @@ def indices(order: tuple[int, ...]) -> np.ndarray:
 
 
 def pack_transposed(
-    weight: np.ndarray, order: tuple[int, ...], *, rows: bool = False
+    weight: np.ndarray, order: tuple[int, ...], *, rows: bool = False, apart: bool = False
 ) -> np.ndarray:
-    """Panels of weight.T with padded gates; `rows` instead lays out one row for each column."""
+    """Panels of weight.T with padded gates; `rows` instead lays out one row for each column.
+
+    apart   no panel has columns of two gates
+    """
     size = len(weight) // len(order)
     w = lanes(weight.dtype)
     registers = len(order) * -(-size // w)
     packed = empty(weight.shape[1] * registers * w, weight.dtype)
     cols = registers if rows else COLS
     parts = parts_for(packed.size * 8, registers)
-    run(_pack_transposed, parts, weight, indices(order), size, cols, packed)
+    stretch = registers // len(order) if apart else registers
+    run(_pack_transposed, parts, weight, indices(order), size, cols, stretch, packed)
     return packed
 
 

@@ -102,6 +102,17 @@ if hasattr(os, "register_at_fork"):
 
 def run(function: Callable, parts: int, *arguments: Any) -> None:
     """Call `function(part, parts, *arguments)` for every part, and return when all are done."""
+    launch(function, parts, arguments)
+
+
+def launch(
+    function: Callable, parts: int, arguments: tuple, dismiss: Callable[[], None] | None = None
+) -> None:
+    """`run`; with `dismiss`, for parts that wait for each other (see `fastrnn.meeting`).
+
+    Those run on threads of their own, as many as there are, and `dismiss` tells them to leave if
+    the caller could not begin.
+    """
     if parts == 1:
         function(0, 1, *arguments)
         return
@@ -110,13 +121,18 @@ def run(function: Callable, parts: int, *arguments: Any) -> None:
     tasks: list[_Task] = []
     threads: list[SimpleQueue[_Task]] = []
     try:
-        while len(tasks) < parts - 1 and pool.take(threads, _threads - 1):
+        while len(threads) < parts - 1 and pool.take(threads, _threads - 1):
+            pass
+        if dismiss is not None:
+            parts = len(threads) + 1
+        for thread in threads:
             tasks.append(_Task(function, (len(tasks) + 1, parts, *arguments), done))
-            threads[-1].put(tasks[-1])
+            thread.put(tasks[-1])
         for part in (0, *range(len(tasks) + 1, parts)):
             function(part, parts, *arguments)
         for part, task in enumerate(tasks, 1):
-            if task.claim("caller"):  # its thread has not woken up yet
+            # Its thread has not woken up yet.
+            if dismiss is None and task.claim("caller"):
                 task.arguments = ()
                 function(part, parts, *arguments)
     finally:
@@ -125,6 +141,8 @@ def run(function: Callable, parts: int, *arguments: Any) -> None:
         interrupt = None
         while True:
             try:
+                if dismiss is not None:
+                    dismiss()
                 begun = [task for task in tasks if not task.claim("caller")]
                 while not all(task.finished for task in begun):
                     done.get()

@@ -1,17 +1,23 @@
 """The time loop, forward and backward, for any cell.
 
-A slice of the batch runs through the whole sequence on one thread and meets no other. Names and
-shapes (Hp is H rounded up to whole registers, G and R are the cell's `gates` and `tape`):
+A slice of the batch runs through the whole sequence on one thread and meets no other. Where a batch
+is too small for that, a part is a slice of the units instead, for the whole batch, and the parts
+meet at each step. Names and shapes (Hp is H rounded up to whole registers, G and R are the cell's
+`gates` and `tape`):
 
 x      (T, B, I) floats, or (T, B) int32 tokens
 h      (T+1, B, H)   h[0] is the initial state, h[1:] the output
 carry  (S+1, B, cell.carries*Hp)   further states; S is T where a tape is kept, else 0
 tape   (S', B, R*Hp)   the cell's s before its step, then its tape; in backward the gradient of s.
        S' is T where a tape is kept, else `chunk`
-w_x, w_h, bias   weights packed by `pack_transposed`, both biases in R runs of Hp
+w_x, w_h, bias   weights packed by `pack_transposed`, for slices of units gate by gate; both biases
+       in R runs of Hp
+meeting  see `fastrnn.meeting`; empty for slices of the batch
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -27,10 +33,12 @@ from fastrnn.cells.cell import (
 )
 from fastrnn.gemm import accumulate, multiply, panel_scratch, scatter, strip_scratch
 from fastrnn.jit import helper, kernel
+from fastrnn.meeting import arrive, gather, wait
 from fastrnn.simd import (
     at,
     flush_denormals,
     keep_alive,
+    lanes,
     load,
     load_n,
     restore_denormals,
@@ -38,57 +46,83 @@ from fastrnn.simd import (
     store_n,
     width_of,
 )
+from fastrnn.tile import COLS
 
 
-def _project(x, t, steps, first, rows, w_x, bias, tape, slot, n):
-    """tape[slot + s] = W_x x[t + s] + bias, for `steps` steps and `rows` sequences from `first`."""
+def slices_of_units(size: int, dtype: Any) -> int:
+    """Into how many parts the units can be cut: whole panels."""
+    return -(-size // (COLS * lanes(dtype)))
+
+
+@helper
+def _slice(part, parts, meeting, batch, size, w):
+    """(first sequence, sequences, first unit, end of the units) of a part."""
+    run = (size + w - 1) // w * w
+    if meeting.size == 0:
+        first = batch * part // parts
+        return first, batch * (part + 1) // parts - first, 0, run
+    wide = COLS * w
+    panels = (size + wide - 1) // wide
+    return 0, batch, panels * part // parts * wide, min(run, panels * (part + 1) // parts * wide)
+
+
+def _project(x, t, steps, first, rows, low, high, pieces, w_x, bias, tape, slot, n):
+    """tape[slot + s] = W_x x[t + s] + bias, for `steps` steps and `rows` sequences from `first`.
+
+    The n columns are `pieces` times the units from `low` to `high`.
+    """
 
 
 @overload(_project)
-def _project_overload(x, t, steps, first, rows, w_x, bias, tape, slot, n):
-    def dense(x, t, steps, first, rows, w_x, bias, tape, slot, n):
+def _project_overload(x, t, steps, first, rows, low, high, pieces, w_x, bias, tape, slot, n):
+    def dense(x, t, steps, first, rows, low, high, pieces, w_x, bias, tape, slot, n):
         batch, size = x.shape[1:]
         row = tape.shape[2]
         start = (t * batch + first) * size
         into = (slot * batch + first) * row
         whole = rows == batch
-        multiply(
-            1 if whole else steps, steps * rows if whole else rows, n, size,
-            at(x, start), size, batch * size,
-            at(w_x, 0), at(bias, 0), 0, at(tape, into), row, batch * row,
-        )  # fmt: skip
-        fill_tail(bias, n, tape, into, steps, batch, rows)
+        for piece in range(pieces):
+            left = n // pieces * piece + low
+            multiply(
+                1 if whole else steps, steps * rows if whole else rows, high - low, size,
+                at(x, start), size, batch * size, at(w_x, left * size),
+                at(bias, left), 0, at(tape, into + left), row, batch * row,
+            )  # fmt: skip
 
-    def tokens(x, t, steps, first, rows, w_x, bias, tape, slot, n):
+    def tokens(x, t, steps, first, rows, low, high, pieces, w_x, bias, tape, slot, n):
         batch = x.shape[1]
         row = tape.shape[2]
         w = width_of(tape)
-        into = (slot * batch + first) * row
         for s in range(steps):
             for r in range(rows):
                 source = x[t + s, first + r] * n
-                target = into + (s * batch + r) * row
-                for j in range(0, n, w):
-                    store(tape, target + j, load(w_x, source + j) + load(bias, j))
-        fill_tail(bias, n, tape, into, steps, batch, rows)
+                target = ((slot + s) * batch + first + r) * row
+                for left in range(0, n, n // pieces):
+                    for j in range(left + low, left + high, w):
+                        store(tape, target + j, load(w_x, source + j) + load(bias, j))
 
     return tokens if isinstance(x.dtype, types.Integer) else dense
 
 
 @helper
-def fill_tail(bias, n, tape, into, steps, batch, rows):
+def _fill_tail(first, rows, low, high, run, n, bias, tape, slot, steps):
     """Begin the sums that have no part of x, the columns from n on, with their bias."""
-    row = bias.size
+    batch, row = tape.shape[1:]
     for s in range(steps):
         for r in range(rows):
-            target = into + (s * batch + r) * row
-            for j in range(n, row, width_of(tape)):
-                store(tape, target + j, load(bias, j))
+            target = ((slot + s) * batch + first + r) * row
+            for left in range(n, row, run):
+                for j in range(left + low, left + high, width_of(tape)):
+                    store(tape, target + j, load(bias, j))
 
 
 @kernel
-def forward_slice(part, parts, cell, tail, chunk, keep, x, w_x, w_h, bias, h, carry, tape):
-    """Fill h, carry and tape for the part'th slice of the batch; keep is 1 with a tape, else 0."""
+def forward_slice(part, parts, meeting, cell, tail, chunk, keep, x, w_x, w_h, bias, h, carry, tape):
+    """Fill h, carry and tape for the part'th slice; keep is 1 with a tape, else 0."""
+    if meeting.size > 0:
+        parts = gather(meeting, part, parts)
+        if parts == 0:
+            return
     mode = flush_denormals()
     steps, batch = x.shape[:2]
     size = h.shape[2]
@@ -97,16 +131,27 @@ def forward_slice(part, parts, cell, tail, chunk, keep, x, w_x, w_h, bias, h, ca
     n = w_h.size // size
     row = tape.shape[2]
     carry_row = carry.shape[2]
-    first = batch * part // parts
-    rows = batch * (part + 1) // parts - first
+    first, rows, low, high = _slice(part, parts, meeting, batch, size, w)
+    together = meeting.size > 0 and parts > 1
+    # One piece of all columns, or the units of each gate.
+    pieces = 1 if meeting.size == 0 else n // run
+    end = n if meeting.size == 0 else high
     for start in range(0, steps, chunk):
         length = min(chunk, steps - start)
         slot = start * keep
-        _project(x, start, length, first, rows, w_x, bias, tape, slot, n)
+        _project(x, start, length, first, rows, low, end, pieces, w_x, bias, tape, slot, n)
+        _fill_tail(first, rows, low, high, run, n, bias, tape, slot, length)
         for t in range(start, start + length):
             h_old = at(h, (t * batch + first) * size)
-            s = at(tape, ((slot + t - start) * batch + first) * row + tail * run)
-            multiply(1, rows, n, size, h_old, size, 0, at(w_h, 0), s, row, s, row, 0)
+            if together:
+                wait(meeting, parts, t)
+            for piece in range(pieces):
+                left = n // pieces * piece + low
+                s = at(tape, ((slot + t - start) * batch + first) * row + tail * run + left)
+                multiply(
+                    1, rows, end - low, size, h_old, size, 0, at(w_h, left * size),
+                    s, row, s, row, 0,
+                )  # fmt: skip
             for r in range(rows):
                 b = first + r
                 here = (t * batch + b) * size
@@ -114,7 +159,7 @@ def forward_slice(part, parts, cell, tail, chunk, keep, x, w_x, w_h, bias, h, ca
                 kept = ((slot + t - start) * batch + b) * row
                 before = (t * keep * batch + b) * carry_row
                 after = ((t + 1) * keep * batch + b) * carry_row
-                for u in range(0, size, w):
+                for u in range(low, min(high, size), w):
                     tape_new, carry_new = gates(
                         cell,
                         load_tape(cell, tape, kept + u, run),
@@ -123,7 +168,7 @@ def forward_slice(part, parts, cell, tail, chunk, keep, x, w_x, w_h, bias, h, ca
                     )
                     store_runs(tape, kept + u, run, tape_new)
                     store_runs(carry, after + u, run, carry_new)
-                for u in range(0, size, w):
+                for u in range(low, min(high, size), w):
                     h_new, tape_new = output(
                         cell,
                         load_tape(cell, tape, kept + u, run),
@@ -132,17 +177,23 @@ def forward_slice(part, parts, cell, tail, chunk, keep, x, w_x, w_h, bias, h, ca
                     )
                     store_runs(tape, kept + u, run, tape_new)
                     store_n(h, there + u, h_new, size - u)
+            if together:
+                arrive(meeting, part, t + 1)
     restore_denormals(mode)
 
 
 @kernel
-def backward_slice(part, parts, cell, tail, d_output, w_h, h, carry, tape, d_h, d_carry):
-    """Turn the tape into gradients of the gates, for the part'th slice of the batch.
+def backward_slice(part, parts, meeting, cell, tail, d_output, w_h, h, carry, tape, d_h, d_carry):
+    """Turn the tape into gradients of the gates, for the part'th slice.
 
     d_output  (T, B, H), or (1, 1, H): the same for all
     w_h       packed by `pack`
     d_h, d_carry  (B, Hp), (B, carries*Hp): gradient of the final state in, of the initial state out
     """
+    if meeting.size > 0:
+        parts = gather(meeting, part, parts)
+        if parts == 0:
+            return
     mode = flush_denormals()
     steps, batch = h.shape[0] - 1, h.shape[1]
     size = h.shape[2]
@@ -151,8 +202,9 @@ def backward_slice(part, parts, cell, tail, d_output, w_h, h, carry, tape, d_h, 
     row = tape.shape[2]
     depth = w_h.size // run
     carry_row = carry.shape[2]
-    first = batch * part // parts
-    rows = batch * (part + 1) // parts - first
+    first, rows, low, high = _slice(part, parts, meeting, batch, size, w)
+    together = meeting.size > 0 and parts > 1
+    end = min(high, size)
     d_row = size if d_output.shape[1] > 1 or batch == 1 else 0
     d_step = batch * size if d_output.shape[0] > 1 or steps == 1 else 0
     for t in range(steps - 1, -1, -1):
@@ -162,7 +214,7 @@ def backward_slice(part, parts, cell, tail, d_output, w_h, h, carry, tape, d_h, 
             kept = (t * batch + b) * row
             before = (t * batch + b) * carry_row
             after = before + batch * carry_row
-            for u in range(0, size, w):
+            for u in range(low, end, w):
                 gradient = load_n(d_output, t * d_step + b * d_row + u, size - u)
                 d_gates, d_h_prev, d_carry_prev = backward(
                     cell,
@@ -178,8 +230,11 @@ def backward_slice(part, parts, cell, tail, d_output, w_h, h, carry, tape, d_h, 
                 store(d_h, b * run + u, d_h_prev)
                 store_runs(d_carry, b * carry_row + u, run, d_carry_prev)
         d_a = at(tape, (t * batch + first) * row + tail * run)
-        c = at(d_h, first * run)
-        multiply(1, rows, size, depth, d_a, row, 0, at(w_h, 0), c, run, c, run, 0)
+        if together:
+            arrive(meeting, part, steps - t)
+            wait(meeting, parts, steps - t)
+        c = at(d_h, first * run + low)
+        multiply(1, rows, end - low, depth, d_a, row, 0, at(w_h, low * depth), c, run, c, run, 0)
     restore_denormals(mode)
 
 

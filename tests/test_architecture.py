@@ -24,7 +24,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = (
     {"jit", "parallel", "memory", "checks", "text", "checkpoint"},
     {"simd"},
-    {"vmath", "tile"},
+    {"vmath", "tile", "meeting"},
     {"gemm"},
     {"cells", "dropout", "loss", "optim", "clip"},
     {"pack"},
