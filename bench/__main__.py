@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.cases import CASES, CELLS, QUICK, SWEEP, find
+from bench.cases import CASES, CELLS, MODES, QUICK, SWEEP, cells_of, find
 from bench.machine import cpu
-from bench.peers import NAMES
-from bench.runner import GATE, Race, start
+from bench.peers import NAMES, Contestant, contestant
+from bench.runner import GATE, Race, memory, start
 
 
 def _names(known: tuple[str, ...]) -> Any:
@@ -40,6 +40,13 @@ def _cases(text: str) -> list[str]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _contestants(text: str) -> list[Contestant]:
+    try:
+        return [contestant(name) for name in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _interpreter(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if name not in NAMES or not equals:
@@ -49,12 +56,20 @@ def _interpreter(text: str) -> tuple[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--cases", type=_cases, default=list(CASES), help=",".join(CASES))
+    parser.add_argument("--cases", type=_cases, help=",".join(CASES))
     parser.add_argument("--cells", type=_names(CELLS), default=list(CELLS), help=",".join(CELLS))
-    modes = ("training", "inference")
-    parser.add_argument("--modes", type=_names(modes), default=list(modes), help=",".join(modes))
+    modes = tuple(MODES)
     parser.add_argument(
-        "--contestants", type=_names(NAMES), default=list(NAMES), help=",".join(NAMES)
+        "--modes",
+        type=_names(modes),
+        help=f"{','.join(modes)}; all, or of chosen cases training and inference",
+    )
+    parser.add_argument(
+        "--contestants",
+        type=_contestants,
+        default=[Contestant(name) for name in NAMES],
+        help=f"{','.join(NAMES)}; also with an option, as in fastrnn:1 (threads), "
+        "fastrnn:float64, fastrnn:haswell (a CPU), fastrnn:busy (one processor is busy)",
     )
     parser.add_argument("--dtype", default="float32", choices=tuple(GATE))
     parser.add_argument("--threads", type=int, default=2)
@@ -62,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=0.4, help="of a contestant in each round")
     parser.add_argument("--quick", action="store_true", help="a small case and three short rounds")
     parser.add_argument("--sweep", action="store_true", help="fastrnn over T, B and H, for plots")
+    parser.add_argument("--memory", action="store_true", help="peak memory of a step as well")
     parser.add_argument("--start", action="store_true", help="imports and first steps as well")
     parser.add_argument(
         "--python",
@@ -83,6 +99,8 @@ def _line(entry: dict[str, Any]) -> str:
         text += f"{ours * 1e3:10.3f} ms  {report.share(entry):4.0%} of the limit"
     if ours is not None and theirs is not None:
         text += f"  {theirs / ours:6.2f} x {peer}"
+    for name, found in report.variants(entry).items():
+        text += f"  {name} takes {found:.2f}"
     return text
 
 
@@ -90,9 +108,13 @@ def main() -> int:
     """The command line."""
     options = _parser().parse_args()
     if options.quick:
-        options.cases, options.rounds, options.seconds = list(QUICK), 3, 0.15
+        options.cases = options.cases or list(QUICK)
+        options.rounds, options.seconds = 3, 0.15
     if options.sweep:
-        options.cases, options.contestants = list(SWEEP), ["fastrnn"]
+        options.cases, options.contestants = list(SWEEP), [Contestant("fastrnn")]
+        options.modes = ["training"]
+    if options.modes is None:
+        options.modes = ["training", "inference"] if options.cases else list(MODES)
     pythons = dict(options.python)
     about = {
         "cpu": cpu(),
@@ -109,12 +131,21 @@ def main() -> int:
     race = Race(
         options.contestants, options.threads, options.rounds, options.seconds, pythons, tell
     )
+    sizes = []
     for mode in options.modes:
-        for case in options.cases:
-            for cell in options.cells:
+        for case in options.cases or [case.name for case in MODES[mode]]:
+            for cell in cells_of(mode, options.cells):
                 print(_line(race.run(mode, case, cell, options.dtype)), flush=True)
+                if options.memory:
+                    work = {"mode": mode, "case": case, "cell": cell}
+                    found = memory(
+                        pythons, options.threads, options.contestants, **work, dtype=options.dtype
+                    )
+                    sizes.append(work | {"found": found})
     race.end()
     record = {"about": about, "results": race.results}
+    if options.memory:
+        record["memory"] = sizes
     for name, ratio in report.geometric_means(race.results).items():
         print(f"{name}: geometric mean {ratio:.2f} times the best peer")
     if options.start:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import SWEEP, find
+from bench.peers import contestant
 
 
 def commit() -> str:
@@ -32,12 +33,25 @@ def seconds(entry: dict[str, Any], name: str) -> float | None:
 
 def best_peer(entry: dict[str, Any]) -> tuple[str | None, float | None]:
     """The fastest of the others and its seconds."""
-    others = {name: seconds(entry, name) for name in entry["contestants"] if name != "fastrnn"}
+    others = {
+        name: seconds(entry, name) for name in entry["contestants"] if name != "fastrnn" and not contestant(name).option
+    }
     running = {name: value for name, value in others.items() if value is not None}
     if not running:
         return None, None
     name = min(running, key=running.__getitem__)
     return name, running[name]
+
+
+def variants(entry: dict[str, Any]) -> dict[str, float]:
+    """How many times the plain fastrnn's time, or its plain peer's, the others with options take."""
+    found = {}
+    for name in entry["contestants"]:
+        one = contestant(name)
+        plain, taken = seconds(entry, one.name), seconds(entry, name)
+        if one.option and plain and taken:
+            found[name] = taken / plain
+    return found
 
 
 def ratio(entry: dict[str, Any]) -> float | None:
@@ -93,6 +107,16 @@ def markdown(record: dict[str, Any], plots: list[str]) -> str:
                 f"{share(entry):.2f} | {entry['limits']['gflops']:.0f} | {' | '.join(times)} |"
             )
         lines.append("")
+        options = list(dict.fromkeys(name for entry in chosen for name in variants(entry)))
+        if options:
+            lines += ["Time of a contestant with an option over its time without:", ""]
+            lines.append("| case | cell | " + " | ".join(options) + " |")
+            lines.append("|---|---|" + "---|" * len(options))
+            for entry in chosen:
+                known = variants(entry)
+                times = [f"{known[name]:.2f}" if name in known else "" for name in options]
+                lines.append(f"| {entry['case']} | {entry['cell']} | {' | '.join(times)} |")
+            lines.append("")
     missing = {
         (name, found["missing"])
         for entry in results
@@ -101,6 +125,18 @@ def markdown(record: dict[str, Any], plots: list[str]) -> str:
     }
     if missing:
         lines += ["## Missing", "", *(f"- {name}: {why}" for name, why in sorted(missing)), ""]
+    if "memory" in record:
+        lines += ["## Memory", "", "MB that a process takes at most for a step; in brackets beyond"]
+        lines += ["what it had before the case was set up.", ""]
+        names = list(dict.fromkeys(name for one in record["memory"] for name in one["found"]))
+        lines.append("| mode | case | cell | " + " | ".join(names) + " |")
+        lines.append("|---|---|---|" + "---|" * len(names))
+        for one in record["memory"]:
+            sizes = [_size(one["found"].get(name)) for name in names]
+            lines.append(
+                f"| {one['mode']} | {one['case']} | {one['cell']} | {' | '.join(sizes)} |"
+            )
+        lines.append("")
     if "start" in record:
         lines += ["## Start", "", "| | import, s | first training step, s |", "|---|---|---|"]
         for name, found in record["start"].items():
@@ -118,6 +154,12 @@ def _time(found: dict[str, Any]) -> str:
         return ""
     low, middle, high = (f(found["rounds"]) * 1e3 for f in (min, statistics.median, max))
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _size(found: dict[str, int] | None) -> str:
+    if found is None:
+        return ""
+    return f"{found['most'] / 1e6:.0f} ({(found['most'] - found['before']) / 1e6:.0f})"
 
 
 def _bars(axis: Any, results: list[dict[str, Any]], value: Any) -> None:

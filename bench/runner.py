@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from bench.cases import find
-from bench.problem import problem, solve
+from bench.peers import Contestant
+from bench.problem import solve
 
 # Distance to the reference, relative and in norm: float32 eps times the root of a long chain.
 GATE = {"float32": 2e-5, "float64": 1e-11}
@@ -71,14 +72,37 @@ class Process:
 
 
 @contextlib.contextmanager
-def _right_answer(case: str, cell: str) -> Iterator[str]:
+def _right_answer(mode: str, case: str, cell: str) -> Iterator[str]:
     """A file with the reference's answer in float64."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "wanted.npz"
-        answer = solve(problem(find(case), cell, "float64"), cell)
-        np.savez(path, y=answer.y, d_x=answer.d_x, **(answer.grads or {}))
-        del answer
+        np.savez(path, **solve(mode, find(case), cell, "float64"))
         yield str(path)
+
+
+@contextlib.contextmanager
+def _busy(wanted: bool) -> Iterator[None]:
+    """Another process that keeps one processor busy."""
+    if not wanted:
+        yield
+        return
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.2)
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+def _start(contestant: Contestant, pythons: dict[str, str], threads: int, **more: str) -> Process:
+    return Process(
+        f"bench.peers.{contestant.name}",
+        pythons.get(contestant.name, sys.executable),
+        contestant.threads or threads,
+        **contestant.environment,
+        **more,
+    )
 
 
 class Race:
@@ -86,7 +110,7 @@ class Race:
 
     def __init__(
         self,
-        contestants: list[str],
+        contestants: list[Contestant],
         threads: int,
         rounds: int,
         seconds: float,
@@ -97,58 +121,57 @@ class Race:
         self.results: list[dict[str, Any]] = []
         self.failures = 0
         self._machine = Process("bench.machine", sys.executable, threads)
-        self._processes = {
-            name: Process(f"bench.peers.{name}", pythons.get(name, sys.executable), threads)
-            for name in contestants
-        }
+        self._processes = {one: _start(one, pythons, threads) for one in contestants}
 
     def run(self, mode: str, case: str, cell: str, dtype: str) -> dict[str, Any]:
         """One case; for each contestant seconds, a median a round, or why it is missing."""
-        found: dict[str, dict[str, Any]] = {}
-        with _right_answer(case, cell) as wanted:
-            for name, process in self._processes.items():
+        found: dict[Contestant, dict[str, Any]] = {}
+        with _right_answer(mode, case, cell) as wanted:
+            for one, process in self._processes.items():
+                own = one.dtype or dtype
                 answer = process.ask(
-                    do="set", mode=mode, case=case, cell=cell, dtype=dtype, wanted=wanted
+                    do="set", mode=mode, case=case, cell=cell, dtype=own, wanted=wanted
                 )
                 if "failed" in answer:
-                    found[name] = {"missing": answer["failed"][:200]}
-                elif not answer["error"] <= GATE[dtype]:
-                    found[name] = {"missing": f"wrong by {answer['error']:.1e}"}
+                    found[one] = {"missing": answer["failed"][:200]}
+                elif not answer["error"] <= GATE[own]:
+                    found[one] = {"missing": f"wrong by {answer['error']:.1e}"}
                 else:
-                    found[name] = answer | {"rounds": []}
-                if "missing" in found[name]:
-                    self._tell_missing(name, found[name])
-        racing = [name for name in found if "rounds" in found[name]]
+                    found[one] = answer | {"rounds": []}
+                if "missing" in found[one]:
+                    self._tell_missing(one, found[one])
+        racing = [one for one in found if "rounds" in found[one]]
         limits = []
         for turn in range(self.rounds):
             limits.append(self._machine.ask(do="limits", seconds=_SECONDS_OF_LIMITS, dtype=dtype))
             if "failed" in limits[-1]:
                 raise RuntimeError(f"bench.machine: {limits[-1]['failed']}")
             # Nobody always runs after the same one.
-            for name in list(itertools.islice(itertools.cycle(racing), turn, turn + len(racing))):
+            for one in list(itertools.islice(itertools.cycle(racing), turn, turn + len(racing))):
                 # The threads of the one before may still spin.
                 time.sleep(0.05)
-                answer = self._processes[name].ask(do="time", seconds=self.seconds)
+                with _busy(one.busy):
+                    answer = self._processes[one].ask(do="time", seconds=self.seconds)
                 if "failed" in answer:
-                    found[name] = {"missing": answer["failed"][:200]}
-                    racing.remove(name)
-                    self._tell_missing(name, found[name])
+                    found[one] = {"missing": answer["failed"][:200]}
+                    racing.remove(one)
+                    self._tell_missing(one, found[one])
                     continue
-                found[name]["rounds"].append(statistics.median(answer["times"]))
+                found[one]["rounds"].append(statistics.median(answer["times"]))
         entry = {
             "mode": mode,
             "case": case,
             "cell": cell,
             "dtype": dtype,
-            "contestants": found,
+            "contestants": {str(one): result for one, result in found.items()},
             "limits": {key: statistics.median(one[key] for one in limits) for key in limits[0]},
         }
         self.results.append(entry)
         return entry
 
-    def _tell_missing(self, name: str, found: dict[str, Any]) -> None:
-        self.tell(f"  {name}: {found['missing'][:90]}")
-        self.failures += name == "fastrnn"
+    def _tell_missing(self, one: Contestant, found: dict[str, Any]) -> None:
+        self.tell(f"  {one}: {found['missing'][:90]}")
+        self.failures += one.name == "fastrnn"
 
     def end(self) -> None:
         """End all processes."""
@@ -157,7 +180,7 @@ class Race:
 
 
 def start(
-    pythons: dict[str, str], threads: int, contestants: list[str]
+    pythons: dict[str, str], threads: int, contestants: list[Contestant]
 ) -> dict[str, dict[str, float]]:
     """Seconds to import, and from there to the end of the first training step of a small LSTM.
 
@@ -165,15 +188,30 @@ def start(
     contestant imports when it is first used counts as its first step.
     """
     found: dict[str, dict[str, float]] = {}
-    with _right_answer("small", "lstm") as wanted, tempfile.TemporaryDirectory() as cache:
-        for name in ["fastrnn (cold)", *contestants]:
-            peer = name.split()[0]
-            python = pythons.get(peer, sys.executable)
-            process = Process(f"bench.peers.{peer}", python, threads, NUMBA_CACHE_DIR=cache)
+    with (
+        _right_answer("training", "small", "lstm") as wanted,
+        tempfile.TemporaryDirectory() as cache,
+    ):
+        for name, one in [("fastrnn (cold)", Contestant("fastrnn")), *zip(map(str, contestants), contestants, strict=True)]:
+            process = _start(one, pythons, threads, NUMBA_CACHE_DIR=cache)
             answer = process.ask(
                 do="set", mode="training", case="small", cell="lstm", dtype="float32", wanted=wanted
             )
             process.end()
             if "failed" not in answer:
                 found[name] = {key: answer[key] for key in ("import", "first")}
+    return found
+
+
+def memory(
+    pythons: dict[str, str], threads: int, contestants: list[Contestant], **work: str
+) -> dict[str, dict[str, int]]:
+    """Resident bytes of a fresh process each, before the work is set up and at most; Linux only."""
+    found = {}
+    for one in contestants:
+        process = _start(one, pythons, threads)
+        answer = process.ask(do="memory", **(work | ({"dtype": one.dtype} if one.dtype else {})))
+        process.end()
+        if "failed" not in answer:
+            found[str(one)] = answer
     return found

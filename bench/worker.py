@@ -2,6 +2,7 @@
 
 {"do": "set", mode, case, cell, dtype, wanted}   set up; the file `wanted` has the right answer
 {"do": "time", seconds}                          steps for so long, each timed
+{"do": "memory", mode, case, cell, dtype}        bytes that setting up and steps take at most
 {"do": "limits", seconds, dtype}                 of the machine (`bench.machine`)
 """
 
@@ -12,16 +13,24 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.cases import find
-from bench.problem import Answer, error
+from bench.peers import Missing
+from bench.problem import error
 
 # Steps before the clock, since the first ones compile, allocate and start threads; fewer of them
 # if they take so many seconds.
 _WARM, _LONG = 2, 0.5
+
+
+def _resident(name: str) -> int:
+    """Bytes of this process by the kernel's count; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 class Worker:
@@ -38,21 +47,33 @@ class Worker:
         """Set up a case, compare it with what is right."""
         self.step = None
         start = time.perf_counter()
-        step, read = getattr(self.module, mode)(find(case), cell, dtype, self.threads)
+        step, read = self._begin(mode, case, cell, dtype)
         found = step()
         first = time.perf_counter() - start
         with np.load(wanted) as file:
-            right = Answer(file["y"])
-            if mode == "training":
-                grads = {key: file[key] for key in file.files if key not in ("y", "d_x")}
-                right = Answer(file["y"], file["d_x"], grads)
-        distance = error(read(found), right)
+            distance = error(read(found), dict(file))
         warm = 0.0
         for _ in range(_WARM):
             if warm < _LONG:
                 warm += self._lasts(step)
         self.step = step
         return {"first": first, "error": distance, "import": self.importing}
+
+    def _begin(self, mode: str, case: str, cell: str, dtype: str) -> Any:
+        if not hasattr(self.module, mode):
+            raise Missing(f"no {mode}")
+        return getattr(self.module, mode)(find(case), cell, dtype, self.threads)
+
+    def memory(self, mode: str, case: str, cell: str, dtype: str) -> dict[str, Any]:
+        """Resident bytes of the process, before and at most."""
+        # What is compiled, and what the library sets up once, is not the case's.
+        tiny, _ = self._begin(mode, "T2B2I8H8", cell, dtype)
+        tiny()
+        before = _resident("VmRSS")
+        step, _ = self._begin(mode, case, cell, dtype)
+        for _ in range(_WARM):
+            step()
+        return {"before": before, "most": _resident("VmHWM")}
 
     @staticmethod
     def _lasts(step: Any) -> float:

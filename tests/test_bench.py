@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -15,8 +16,10 @@ sys.path.append(str(ROOT))
 pytest.importorskip("bench", reason="not a checkout")
 
 from bench import report  # noqa: E402
-from bench.cases import CASES, find  # noqa: E402
-from bench.problem import GATES, Answer, error, problem, solve  # noqa: E402
+from bench.cases import CASES, CELLS, MODES, Case, find  # noqa: E402
+from bench.language import Model  # noqa: E402
+from bench.peers import contestant  # noqa: E402
+from bench.problem import error, solve  # noqa: E402
 from bench.runner import GATE, Process  # noqa: E402
 
 
@@ -27,25 +30,60 @@ def test_a_case_is_named_or_spelled_out():
         find("enormous")
 
 
-@pytest.mark.parametrize("cell", GATES)
+TINY = Case("tiny", 3, 2, 4, 5, 2)
+
+
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("spoil", [np.nan, 1e-3])
-def test_the_gate_sees_every_array(cell, spoil):
-    case = find("T3B2I4H5")
-    wanted = solve(problem(case, cell, "float64"), cell)
-    found = solve(problem(case, cell, "float32"), cell)
+@pytest.mark.parametrize("mode", ["training", "inference", "language", "projection"])
+def test_the_gate_sees_every_array(mode, cell, spoil):
+    wanted = solve(mode, TINY, cell, "float64")
+    found = solve(mode, TINY, cell, "float32")
     assert error(found, wanted) <= GATE["float32"]
-    for array in (found.y, found.d_x, *found.grads.values()):
-        kept = array.copy()
-        array.reshape(-1)[0] += spoil * np.linalg.norm(array)
-        assert not error(found, wanted) <= GATE["float32"]
-        array[...] = kept
+    for key, array in found.items():
+        spoilt = array.astype("f8")
+        spoilt.reshape(-1)[0] += spoil * np.linalg.norm(array)
+        assert not error(found | {key: spoilt}, wanted) <= GATE["float32"]
+        assert np.isnan(error({k: v for k, v in found.items() if k != key}, wanted))
 
 
-def test_the_gate_asks_for_gradients():
-    case = find("T3B2I4H5")
-    wanted = solve(problem(case, "gru", "float64"), "gru")
-    assert np.isnan(error(Answer(wanted.y), wanted))
-    assert error(Answer(wanted.y), Answer(wanted.y)) == 0
+def test_the_gate_of_a_language_model_sees_the_optimiser():
+    model = Model(TINY, "gru", "float64")
+    losses = []
+    for loss in model.learn():
+        losses.append(loss)
+        if len(losses) == 3:
+            break
+        model.params["head.bias"] = model.params["head.bias"] * 1.01
+    assert error({"losses": losses}, solve("language", TINY, "gru", "float64")) > GATE["float32"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["fastrnn", "torch", "numpy"])
+def test_contestants_pass_the_gate(name, mode):
+    if name == "torch":
+        pytest.importorskip("torch")
+    module = importlib.import_module(f"bench.peers.{name}")
+    if not hasattr(module, mode):
+        pytest.skip(f"{name} has no {mode}")
+    case = Case("tiny", 3, 1 if mode == "stepping" else 2, 4, 5, 1)
+    for cell in CELLS:
+        for dtype in GATE:
+            step, read = getattr(module, mode)(case, cell, dtype, 1)
+            assert error(read(step()), solve(mode, case, cell, "float64")) <= GATE[dtype]
+
+
+def test_a_contestant_may_have_an_option():
+    assert contestant("torch") == ("torch", "")
+    assert contestant("fastrnn:1").threads == 1
+    assert contestant("fastrnn:float64").dtype == "float64"
+    assert contestant("fastrnn:haswell").environment == {"NUMBA_CPU_NAME": "haswell"}
+    assert contestant("torch:busy").busy
+    for text in ("torch", "fastrnn:1", "fastrnn:float64", "torch:busy"):
+        assert contestant(text).environment == {}
+        assert str(contestant(text)) == text
+    with pytest.raises(ValueError, match="torsh"):
+        contestant("torsh:1")
 
 
 def test_a_process_that_is_dead_says_so_and_can_be_ended():
@@ -68,13 +106,16 @@ def entry(ours, theirs, mode="training", gflops=100.0):
 
 
 def test_ratios_and_shares():
-    work = find("small").operations("lstm")
+    work = find("small").operations("lstm", "training")
     one = entry([1e-3, 2e-3, 9e-3], [4e-3, 4e-3, 5e-3], gflops=work / 2e-3 / 1e9)
     assert report.best_peer(one) == ("torch", 4e-3)
     assert report.ratio(one) == 2
     assert report.share(one) == pytest.approx(1)
     other = entry([2e-3], [16e-3])
     assert report.geometric_means([one, other]) == {"training": pytest.approx(4)}
+    other["contestants"]["fastrnn:1"] = {"rounds": [3e-3]}
+    assert report.best_peer(other) == ("torch", 16e-3)
+    assert report.variants(other) == {"fastrnn:1": pytest.approx(1.5)}
     alone = entry([1e-3], [])
     assert report.ratio(alone) is None
     text = report.markdown({"about": {"cpu": "x"}, "results": [one, alone]}, ["plot.svg"])
@@ -84,7 +125,9 @@ def test_ratios_and_shares():
 
 def test_a_run_writes_what_it_found(tmp_path):
     options = ["--cases", "T3B2I4H5", "--cells", "gru", "--contestants", "fastrnn,numpy,onnx"]
+    options[-1] += ",fastrnn:2,fastrnn:float64,numpy:busy"
     options += ["--rounds", "2", "--seconds", "0.01", "--threads", "1", "--out", str(tmp_path)]
+    options += ["--memory", "--start"]
     run = subprocess.run(
         [sys.executable, "-m", "bench", *options],
         cwd=ROOT,
@@ -102,6 +145,10 @@ def test_a_run_writes_what_it_found(tmp_path):
         assert report.ratio(one) > 0
         assert one["limits"]["gflops"] > 0
         assert one["limits"]["gbytes"] > 0
+        assert set(report.variants(one)) == {"fastrnn:2", "fastrnn:float64", "numpy:busy"}
+    for one in record["memory"]:
+        assert one["found"]["fastrnn"]["most"] > one["found"]["fastrnn"]["before"] > 0
+    assert record["start"]["fastrnn (cold)"]["first"] > 0
     # An interpreter without ONNX Runtime names it; one with it cannot train.
     assert "missing" in training["contestants"]["onnx"]
     assert path.with_suffix(".md").exists()

@@ -1,11 +1,14 @@
 """Who is timed: one module for each contestant.
 
-A module offers `training(case, cell, dtype, threads)` and, where it has one, `inference(...)`. Each
-sets up one layer and returns `(step, read)`: `step()` does the work that is timed, `read(result)`
-turns what it returned into an `Answer`. What a contestant cannot do raises `Missing`.
+A module offers a function for each of `bench.cases.MODES` that it has: `training(case, cell, dtype,
+threads)` and so on set up the work and return `(step, read)`. `step()` does the work that is timed;
+`read(result)`, called once after the first of them, turns what it returned into an `Answer`. What a
+contestant cannot do raises `Missing`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 
 class Missing(Exception):
@@ -13,3 +16,43 @@ class Missing(Exception):
 
 
 NAMES = ("fastrnn", "torch", "jax", "keras", "onnx", "numpy")
+DTYPES = ("float32", "float64")
+
+
+class Contestant(NamedTuple):
+    """One of NAMES, and how it runs if not as the others do: fastrnn:1, torch:busy.
+
+    option  a number of threads; a dtype; busy: beside another process that keeps one processor
+            busy; or a CPU that code is generated for, as NUMBA_CPU_NAME
+    """
+
+    name: str
+    option: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.option}" if self.option else self.name
+
+    @property
+    def threads(self) -> int | None:
+        return int(self.option) if self.option.isdecimal() else None
+
+    @property
+    def dtype(self) -> str | None:
+        return self.option if self.option in DTYPES else None
+
+    @property
+    def busy(self) -> bool:
+        return self.option == "busy"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        known = not self.option or self.busy or self.dtype or self.threads
+        return {} if known else {"NUMBA_CPU_NAME": self.option}
+
+
+def contestant(text: str) -> Contestant:
+    """From its name."""
+    name, _, option = text.partition(":")
+    if name not in NAMES:
+        raise ValueError(f"contestant: expected one of {', '.join(NAMES)}, got {name!r}")
+    return Contestant(name, option)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+
+import numpy as np
 
 import fastrnn
 from bench.cases import Case
+from bench.language import NORM, RATE, STEPS, Text, text
 from bench.problem import Answer, Problem, problem
+from fastrnn.clip import clip_grad_norm_
+from fastrnn.generate import generate
 
 
 def _layer(case: Case, cell: str, dtype: str, threads: int) -> tuple[Any, Problem]:
@@ -25,7 +31,7 @@ def training(case: Case, cell: str, dtype: str, threads: int) -> Any:
     def step() -> Answer:
         y, _, saved = layer.forward(given.x)
         d_x, _, grads = layer.backward(saved, given.d_y)
-        return Answer(y, d_x, grads)
+        return {"y": y, "d_x": d_x, **grads}
 
     return step, lambda answer: answer
 
@@ -33,4 +39,82 @@ def training(case: Case, cell: str, dtype: str, threads: int) -> Any:
 def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
     """forward without a tape."""
     layer, given = _layer(case, cell, dtype, threads)
-    return lambda: layer(given.x)[0], Answer
+    return lambda: layer(given.x)[0], lambda y: {"y": y}
+
+
+def stepping(case: Case, cell: str, dtype: str, threads: int) -> Any:
+    """A stepper, which writes into an array that is there."""
+    layer, given = _layer(case, cell, dtype, threads)
+    stepper = layer.stepper()
+    x = list(given.x[:, 0])
+    zero = stepper.state
+    y = np.empty((case.T, 1, case.H), dtype)
+    rows = list(y[:, 0])
+
+    def step() -> np.ndarray:
+        stepper.state = zero
+        for x_t, y_t in zip(x, rows, strict=True):
+            stepper(x_t, out=y_t)
+        return y
+
+    return step, lambda y: {"y": y}
+
+
+def _model(case: Case, cell: str, dtype: str, threads: int) -> tuple[Any, Text]:
+    fastrnn.set_num_threads(threads)
+    given = text(case, cell, dtype)
+    model = fastrnn.LanguageModel(
+        case.I,
+        case.H,
+        cell=cell,
+        num_layers=case.layers,
+        embedding_size=case.H,
+        dtype=dtype,
+    )
+    model.load_state_dict(given.params)
+    return model, given
+
+
+def language(case: Case, cell: str, dtype: str, threads: int) -> Any:
+    """loss_and_grads, clipping, Adam."""
+    model, (_, tokens, targets) = _model(case, cell, dtype, threads)
+    adam = fastrnn.optim.Adam(model.params, lr=RATE)
+    grads = {key: np.zeros_like(value) for key, value in model.params.items()}
+
+    def step() -> float:
+        for g in grads.values():
+            g.fill(0)
+        loss, _, _ = model.loss_and_grads(tokens, targets, grads=grads)
+        clip_grad_norm_(grads, NORM)
+        adam.step(grads)
+        return loss
+
+    return step, lambda loss: {"losses": [loss, *(step() for _ in range(STEPS - 1))]}
+
+
+def sampling(case: Case, cell: str, dtype: str, threads: int) -> Any:
+    """`generate`, at temperature 1; what is compared is greedy."""
+    model, given = _model(case, cell, dtype, threads)
+    prompt = given.tokens[:1]
+    seeds = itertools.count()
+
+    def read(_: Any) -> Answer:
+        written = generate(model, prompt, case.T, greedy=True)
+        return {"tokens": np.stack(written, axis=1)}
+
+    return lambda: generate(model, prompt, case.T, seed=next(seeds)), read
+
+
+def projection(case: Case, cell: str, dtype: str, threads: int) -> Any:
+    """`Linear`, forward and backward."""
+    fastrnn.set_num_threads(threads)
+    given = problem(case, cell, dtype, "projection")
+    layer = fastrnn.Linear(case.I, case.H, dtype=dtype)
+    layer.load_state_dict(given.params)
+
+    def step() -> Answer:
+        y, saved = layer.forward(given.x)
+        d_x, grads = layer.backward(saved, given.d_y)
+        return {"y": y, "d_x": d_x, **grads}
+
+    return step, lambda answer: answer

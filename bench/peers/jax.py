@@ -77,7 +77,12 @@ def training(case: Case, cell: str, dtype: str, threads: int) -> Any:
         return y, d_x, grads
 
     arguments = jax.device_put(tuple(given))
-    return lambda: jax.block_until_ready(compiled(*arguments)), lambda found: Answer(*found)
+
+    def read(found: Any) -> Answer:
+        y, d_x, grads = found
+        return {"y": y, "d_x": d_x, **grads}
+
+    return lambda: jax.block_until_ready(compiled(*arguments)), read
 
 
 def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
@@ -86,4 +91,4 @@ def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
     given = problem(case, cell, dtype)
     compiled = jax.jit(_forward(jax, case, cell))
     arguments = jax.device_put(given[:2])
-    return lambda: jax.block_until_ready(compiled(*arguments)), Answer
+    return lambda: jax.block_until_ready(compiled(*arguments)), lambda y: {"y": y}

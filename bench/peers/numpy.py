@@ -1,25 +1,33 @@
-"""Plain NumPy: the reference, in the dtype asked for."""
+"""Plain NumPy: the reference, in the dtype asked for; threads are those of its BLAS."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
-import numpy as np
-
 from bench.cases import Case
-from bench.problem import Answer, problem, solve
-from fastrnn.reference import CELLS
+from bench.language import STEPS, Model
+from bench.problem import problem, solve
 
 
-def training(case: Case, cell: str, dtype: str, threads: int) -> Any:
-    """forward and backward; threads are those of its BLAS, set by the environment."""
-    given = problem(case, cell, dtype)
-    return lambda: solve(given, cell), lambda answer: answer
+def _solved(mode: str) -> Any:
+    def set_up(case: Case, cell: str, dtype: str, threads: int) -> Any:
+        given = problem(case, cell, dtype, mode)
+        return lambda: solve(mode, case, cell, dtype, given), lambda answer: answer
+
+    return set_up
 
 
-def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
-    """forward."""
-    given = problem(case, cell, dtype)
-    params = {key.removesuffix("_l0"): value for key, value in given.params.items()}
-    zeros = tuple(np.zeros((case.B, case.H), dtype) for _ in CELLS[cell].STATES)
-    return lambda: CELLS[cell].forward(params, given.x, zeros)[0], Answer
+training = _solved("training")
+inference = _solved("inference")
+projection = _solved("projection")
+
+
+def language(case: Case, cell: str, dtype: str, threads: int) -> Any:
+    """The reference's parts, optimiser and all."""
+    losses = Model(case, cell, dtype).learn()
+
+    def read(loss: float) -> Any:
+        return {"losses": [loss, *itertools.islice(losses, STEPS - 1)]}
+
+    return lambda: next(losses), read

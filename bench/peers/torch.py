@@ -10,46 +10,139 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.cases import Case
+from bench.language import NORM, RATE, STEPS, text
 from bench.problem import Answer, Problem, problem
+
+_KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+_CELLS = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
+
+
+def _load(module: nn.Module, params: dict, dtype: str) -> Any:
+    module.load_state_dict({key: torch.from_numpy(value) for key, value in params.items()})
+    return module.to(getattr(torch, dtype))
 
 
 def _layer(case: Case, cell: str, dtype: str, threads: int) -> tuple[Any, Problem]:
     torch.set_num_threads(threads)
     given = problem(case, cell, dtype)
-    kind = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[cell]
-    layer = kind(case.I, case.H, dtype=getattr(torch, dtype))
-    layer.load_state_dict({key: torch.from_numpy(value) for key, value in given.params.items()})
-    return layer, given
+    return _load(_KINDS[cell](case.I, case.H), given.params, dtype), given
 
 
-def training(case: Case, cell: str, dtype: str, threads: int) -> Any:
-    """forward and autograd's backward."""
-    layer, given = _layer(case, cell, dtype, threads)
+def _both_ways(layer: Any, given: Problem, output: Any) -> Any:
     x, d_y = torch.from_numpy(given.x).requires_grad_(), torch.from_numpy(given.d_y)
 
     def step() -> Any:
         layer.zero_grad()
         x.grad = None
-        y, _ = layer(x)
+        y = output(layer(x))
         y.backward(d_y)
         return y
 
     def read(y: Any) -> Answer:
-        return Answer(y.detach(), x.grad, {key: p.grad for key, p in layer.named_parameters()})
+        grads = {key: p.grad for key, p in layer.named_parameters()}
+        return {"y": y.detach(), "d_x": x.grad, **grads}
 
     return step, read
+
+
+def training(case: Case, cell: str, dtype: str, threads: int) -> Any:
+    """forward and autograd's backward."""
+    return _both_ways(*_layer(case, cell, dtype, threads), lambda found: found[0])
+
+
+def projection(case: Case, cell: str, dtype: str, threads: int) -> Any:
+    """The same of `nn.Linear`."""
+    torch.set_num_threads(threads)
+    given = problem(case, cell, dtype, "projection")
+    layer = _load(nn.Linear(case.I, case.H), given.params, dtype)
+    return _both_ways(layer, given, lambda y: y)
 
 
 def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
     """forward under inference_mode."""
     layer, given = _layer(case, cell, dtype, threads)
     x = torch.from_numpy(given.x)
-    layer.eval()
 
+    @torch.inference_mode()
     def step() -> Any:
-        with torch.inference_mode():
-            return layer(x)[0]
+        return layer(x)[0]
 
-    return step, Answer
+    return step, lambda y: {"y": y}
+
+
+def stepping(case: Case, cell: str, dtype: str, threads: int) -> Any:
+    """`nn.LSTMCell` and its like under inference_mode: quicker than a layer with T = 1."""
+    torch.set_num_threads(threads)
+    given = problem(case, cell, dtype)
+    params = {key.removesuffix("_l0"): value for key, value in given.params.items()}
+    layer = _load(_CELLS[cell](case.I, case.H), params, dtype)
+    x = torch.from_numpy(given.x)
+
+    @torch.inference_mode()
+    def step() -> list:
+        state = None
+        ys = []
+        for x_t in x:
+            state = layer(x_t, state)
+            ys.append(state[0] if cell == "lstm" else state)
+        return ys
+
+    return step, lambda ys: {"y": torch.stack(ys)}
+
+
+class _Model(nn.Module):
+    def __init__(self, case: Case, cell: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(case.I, case.H)
+        self.rnn = _KINDS[cell](case.H, case.H, case.layers)
+        self.head = nn.Linear(case.H, case.I)
+
+    def forward(self, tokens: Any, state: Any = None) -> Any:
+        y, state = self.rnn(self.embedding(tokens), state)
+        return self.head(y), state
+
+
+def language(case: Case, cell: str, dtype: str, threads: int) -> Any:
+    """Embedding, layers, linear, cross_entropy, clip_grad_norm_, Adam."""
+    torch.set_num_threads(threads)
+    given = text(case, cell, dtype)
+    model = _load(_Model(case, cell), given.params, dtype)
+    adam = torch.optim.Adam(model.parameters(), lr=RATE)
+    tokens = torch.from_numpy(given.tokens).long()
+    targets = torch.from_numpy(given.targets).long().reshape(-1)
+
+    def step() -> float:
+        adam.zero_grad()
+        logits, _ = model(tokens)
+        loss = nn.functional.cross_entropy(logits.reshape(-1, case.I), targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), NORM)
+        adam.step()
+        return loss.item()
+
+    return step, lambda loss: {"losses": [loss, *(step() for _ in range(STEPS - 1))]}
+
+
+def sampling(case: Case, cell: str, dtype: str, threads: int) -> Any:
+    """A loop of single steps, softmax and multinomial; what is compared is greedy."""
+    torch.set_num_threads(threads)
+    given = text(case, cell, dtype)
+    model = _load(_Model(case, cell), given.params, dtype)
+    prompt = torch.from_numpy(given.tokens[:1]).long()
+
+    @torch.inference_mode()
+    def write(greedy: bool) -> Any:
+        tokens, state, written = prompt, None, []
+        for _ in range(case.T):
+            logits, state = model(tokens, state)
+            if greedy:
+                tokens = logits.argmax(dim=2)
+            else:
+                tokens = torch.multinomial(torch.softmax(logits[0], dim=1), 1).T
+            written.append(tokens[0])
+        return torch.stack(written)
+
+    return lambda: write(False), lambda _: {"tokens": write(True)}
