@@ -143,7 +143,7 @@ def main() -> int:
                     )
                     sizes.append(work | {"found": found})
     race.end()
-    record = {"about": about, "results": race.results}
+    record: dict[str, Any] = {"about": about, "results": race.results}
     if options.memory:
         record["memory"] = sizes
     for name, ratio in report.geometric_means(race.results).items():

@@ -55,9 +55,7 @@ def problem(case: Case, cell: str, dtype: str, mode: str = "training") -> Proble
     return Problem(params, x, d_y)
 
 
-def solve(
-    mode: str, case: Case, cell: str, dtype: str, given: Problem | None = None
-) -> Answer:
+def solve(mode: str, case: Case, cell: str, dtype: str, given: Problem | None = None) -> Answer:
     """One step of the NumPy reference; of a language model that is trained, a few."""
     from bench.language import STEPS, Model
     from fastrnn.reference import CELLS
@@ -98,4 +96,4 @@ def error(found: Answer, wanted: Answer) -> float:
 def _distance(found: np.ndarray, wanted: np.ndarray) -> float:
     if found.shape != wanted.shape:
         return float("nan")
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+    return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) or 1))

@@ -33,10 +33,11 @@ def seconds(entry: dict[str, Any], name: str) -> float | None:
 
 def best_peer(entry: dict[str, Any]) -> tuple[str | None, float | None]:
     """The fastest of the others and its seconds."""
-    others = {
-        name: seconds(entry, name) for name in entry["contestants"] if name != "fastrnn" and not contestant(name).option
-    }
-    running = {name: value for name, value in others.items() if value is not None}
+    running = {}
+    for name in entry["contestants"]:
+        taken = seconds(entry, name)
+        if name != "fastrnn" and taken is not None and not contestant(name).option:
+            running[name] = taken
     if not running:
         return None, None
     name = min(running, key=running.__getitem__)
@@ -44,7 +45,7 @@ def best_peer(entry: dict[str, Any]) -> tuple[str | None, float | None]:
 
 
 def variants(entry: dict[str, Any]) -> dict[str, float]:
-    """How many times the plain fastrnn's time, or its plain peer's, the others with options take."""
+    """The time of each contestant with an option over its time without."""
     found = {}
     for name in entry["contestants"]:
         one = contestant(name)
@@ -133,9 +134,7 @@ def markdown(record: dict[str, Any], plots: list[str]) -> str:
         lines.append("|---|---|---|" + "---|" * len(names))
         for one in record["memory"]:
             sizes = [_size(one["found"].get(name)) for name in names]
-            lines.append(
-                f"| {one['mode']} | {one['case']} | {one['cell']} | {' | '.join(sizes)} |"
-            )
+            lines.append(f"| {one['mode']} | {one['case']} | {one['cell']} | {' | '.join(sizes)} |")
         lines.append("")
     if "start" in record:
         lines += ["## Start", "", "| | import, s | first training step, s |", "|---|---|---|"]

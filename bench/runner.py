@@ -192,7 +192,8 @@ def start(
         _right_answer("training", "small", "lstm") as wanted,
         tempfile.TemporaryDirectory() as cache,
     ):
-        for name, one in [("fastrnn (cold)", Contestant("fastrnn")), *zip(map(str, contestants), contestants, strict=True)]:
+        cold = {"fastrnn (cold)": Contestant("fastrnn")}
+        for name, one in (cold | {str(one): one for one in contestants}).items():
             process = _start(one, pythons, threads, NUMBA_CACHE_DIR=cache)
             answer = process.ask(
                 do="set", mode="training", case="small", cell="lstm", dtype="float32", wanted=wanted

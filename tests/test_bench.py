@@ -25,7 +25,7 @@ from bench.runner import GATE, Process  # noqa: E402
 
 def test_a_case_is_named_or_spelled_out():
     assert find("large") == CASES["large"]
-    assert find("T7B2I3H5")[1:] == (7, 2, 3, 5)
+    assert find("T7B2I3H5")[1:] == (7, 2, 3, 5, 1)
     with pytest.raises(ValueError, match="T64B32I64H64"):
         find("enormous")
 

@@ -21,8 +21,9 @@ _CELLS = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
 
 
 def _load(module: nn.Module, params: dict, dtype: str) -> Any:
+    module.to(getattr(torch, dtype))
     module.load_state_dict({key: torch.from_numpy(value) for key, value in params.items()})
-    return module.to(getattr(torch, dtype))
+    return module
 
 
 def _layer(case: Case, cell: str, dtype: str, threads: int) -> tuple[Any, Problem]:
