@@ -10,13 +10,16 @@ import numpy as np
 
 from fastrnn.checks import as_array, as_number, as_size, as_token, as_tokens
 from fastrnn.dropout import random_bits
-from fastrnn.gemm import multiply, scratch
+from fastrnn.gemm import multiply
 from fastrnn.jit import helper, kernel
+from fastrnn.meeting import NOBODY, arrive, gather, together, wait
+from fastrnn.memory import empty
 from fastrnn.models import LanguageModel
 from fastrnn.pack import pack_transposed
 from fastrnn.parallel import parts_for, run
-from fastrnn.simd import at, flush_denormals, keep_alive, padded, restore_denormals
+from fastrnn.simd import at, flush_denormals, padded, restore_denormals, width_of
 from fastrnn.stepper import advance, bind
+from fastrnn.units import parts_of_units, units_of
 
 
 @helper
@@ -70,45 +73,69 @@ def _draw(logits, at, size, temperature, top_k, top_p, u, weights):
 
 @kernel
 def _generate(
-    part, parts, cell, tail, columns, embedding, weights, places, w_head, b_head,
-    h, carry, tokens, greedy, temperature, top_k, top_p, seed, eos, out, counts,
+    part, parts, meeting, cell, columns, embedding, weights, places, w_head, b_head,
+    h, carry, tokens, x, s, logits, chances, greedy, temperature, top_k, top_p, seed, eos,
+    out, counts, left,
 ):  # fmt: skip
-    """Continue the sequences of one slice of the batch.
+    """Continue the sequences of one slice of the batch, or all on one slice of the units.
 
-    embedding           (V, E) if the first layer does not take tokens
+    embedding           (V, E) if the first layer does not take tokens, else (1, 0)
     weights, places     of all layers, see `fastrnn.stepper`
-    h        (layers, B, H), carry (layers, B, carries*Hp), tokens (B,): where they are; updated
-    out      (steps, B), counts (B,): what is drawn, and how many tokens until `eos`
+    h                   (2, layers, B, H), in turn before and after a step
+    carry (layers, B, carries*Hp), tokens (B,): where they are; updated
+    x, s, logits        (parts or 1, B, E), (B, columns), (B, V), scratch; chances (parts, V), too
+    out                 (steps, B), what is drawn
+    counts              (B,), how many tokens until `eos`; -1 after logits that are not finite
+    left                (parts,), how many sequences of a slice go on
     """
+    if meeting.size > 0:
+        parts = gather(meeting, part, parts)
+        if parts == 0:
+            return
     mode = flush_denormals()
-    layers, batch, size = h.shape
+    batch, size = h.shape[2:]
+    w = width_of(h)
     steps = out.shape[0]
     vocabulary = b_head.size
-    first = batch * part // parts
-    rows = batch * (part + 1) // parts - first
     width = embedding.shape[1]
-    x = scratch(h, rows * max(1, width))
-    s = scratch(h, rows * columns)
-    logits = scratch(h, rows * vocabulary)
-    chances = np.empty(vocabulary)
-    open_rows = rows
+    together = meeting.size > 0 and parts > 1
+    low, high, first, rows, slot = 0, (size + w - 1) // w * w, 0, batch, 0
+    if meeting.size > 0:
+        low, high = units_of(part, parts, size, w)
+    else:
+        first, slot = batch * part // parts, part
+        rows = batch * (part + 1) // parts - first
+    # Parts that share the units leave the drawing to the first.
+    draws = not together or part == 0
+    if draws:
+        left[slot] = rows
+    done = 0
     for step in range(steps):
-        if open_rows == 0:
+        if together:
+            done += 1
+            arrive(meeting, part, done)
+            wait(meeting, parts, done)
+        if left[slot] == 0:
             break
+        mine = part if together else 0
         for r in range(rows):
             for j in range(width):
-                x[r * width + j] = embedding[tokens[first + r], j]
-        advance(
-            cell, tail, weights, places, at(x, 0), tokens, h, carry, at(s, 0), columns, first, rows
-        )
-        top = ((layers - 1) * batch + first) * size
-        multiply(
-            1, rows, vocabulary, size, at(h, top), size, 0,
-            at(w_head, 0), at(b_head, 0), 0, at(logits, 0), vocabulary, 0,
+                x[mine, first + r, j] = embedding[tokens[first + r], j]
+        inputs = at(x, (mine * batch + first) * width)
+        before, after = h[step % 2], h[(step + 1) % 2]
+        done = advance(
+            cell, weights, places, inputs, tokens, before, after, carry,
+            at(s, first * columns), columns, first, rows, low, high, meeting, part, parts, done,
         )  # fmt: skip
-        for r in range(rows):
-            b = first + r
-            row = r * vocabulary
+        if not draws:
+            continue
+        top = ((after.shape[0] - 1) * batch + first) * size
+        multiply(
+            1, rows, vocabulary, size, at(after, top), size, 0, at(w_head, 0), at(b_head, 0), 0,
+            at(logits, first * vocabulary), vocabulary, 0,
+        )  # fmt: skip
+        for b in range(first, first + rows):
+            row = b * vocabulary
             if greedy:
                 token = _argmax(logits, row, vocabulary)
                 if not math.isfinite(logits[row + token]):
@@ -116,20 +143,18 @@ def _generate(
             else:
                 bits = random_bits(seed, b, step) >> np.uint64(11)
                 u01 = np.float64(bits) * 2.0**-53
-                token = _draw(logits, row, vocabulary, temperature, top_k, top_p, u01, chances)
+                mine_of = chances[slot]
+                token = _draw(logits, row, vocabulary, temperature, top_k, top_p, u01, mine_of)
             if counts[b] == step:
                 if token < 0:
                     counts[b] = -1
-                    open_rows -= 1
+                    left[slot] -= 1
                 elif token == eos:
-                    open_rows -= 1
+                    left[slot] -= 1
                 else:
                     counts[b] += 1
             tokens[b] = max(token, 0)
             out[step, b] = tokens[b]
-    keep_alive(x)
-    keep_alive(s)
-    keep_alive(logits)
     restore_denormals(mode)
 
 
@@ -186,34 +211,48 @@ def generate(
     cell = rnn.cell
     keys = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     layers = [[rnn.params[f"{key}_l{i}"] for key in keys] for i in range(model.num_layers)]
-    bound = bind(cell, layers, tokens=model.embedding is None)
     hidden = model.hidden_size
+    parts = parts_of_units(cell, batch, hidden, dtype)
+    apart = parts > 1
+    vectors = None
+    # Either way gives the same bits.
+    if model.embedding is not None and vocabulary <= length * batch:
+        vectors = model.embedding.params["weight"]
+    tokens = model.embedding is None or vectors is not None
+    bound = bind(cell, layers, tokens, vectors=vectors, apart=apart)
+    embedding = np.zeros((1, 0), dtype)
+    if not tokens and model.embedding is not None:
+        embedding = model.embedding.params["weight"]
     parts_of_state = state if isinstance(state, tuple) else (state,)
     run_length = padded(hidden, dtype)
     carry = np.zeros((model.num_layers, batch, cell.carries * run_length), dtype)
     for i, value in enumerate(parts_of_state[1:]):
         carry[:, :, i * run_length : i * run_length + hidden] = value
-    h = np.array(parts_of_state[0])
+    h = np.array([parts_of_state[0]] * 2)
     out = np.zeros((length, batch), np.int32)
     counts = np.zeros(batch, np.int64)
     if seed is None:
         seed = int(np.random.default_rng().integers(2**63))
     seed = as_size("seed", seed, -(2**63))
-    table = 0 if model.embedding is not None else rnn.params["weight_ih_l0"].size
-    work = length * batch * (bound.weights.size - table + hidden * vocabulary)
-    run(
-        _generate,
-        parts_for(work, batch),
+    if not apart:
+        table = rnn.params["weight_ih_l0"].size if tokens else 0
+        work = length * batch * (bound.weights.size - table + hidden * vocabulary)
+        parts = parts_for(work, batch)
+    columns = cell.tape * run_length
+    arguments = (
         cell,
-        cell.tail,
-        cell.tape * run_length,
-        np.zeros((1, 0), dtype) if model.embedding is None else model.embedding.params["weight"],
+        columns,
+        embedding,
         *bound,
         pack_transposed(model.head.params["weight"], (0,)),
         model.head.params["bias"],
         h,
         carry,
         ids[-1].copy(),
+        empty((parts if apart else 1, batch, embedding.shape[1]), dtype),
+        empty((batch, columns), dtype),
+        empty(batch * vocabulary, dtype),
+        np.empty((parts, vocabulary)),
         bool(greedy),
         temperature,
         k,
@@ -222,7 +261,12 @@ def generate(
         end,
         out,
         counts,
+        np.zeros(parts, np.int64),
     )
+    if apart:
+        together(_generate, parts, *arguments)
+    else:
+        run(_generate, parts, NOBODY, *arguments)
     if counts.min() < 0:
         raise ValueError("model: expected finite logits, got NaN or infinity; its weights are bad")
     return [out[: counts[b], b].copy() for b in range(batch)]

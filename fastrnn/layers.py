@@ -30,19 +30,17 @@ from fastrnn.dropout import dropout
 from fastrnn.meeting import NOBODY, together
 from fastrnn.memory import empty, zeros
 from fastrnn.module import Module, Params, new_grads
-from fastrnn.pack import indices, pack, pack_bias, pack_transposed
-from fastrnn.parallel import get_num_threads, parts_for, run
+from fastrnn.pack import indices, pack, pack_bias, pack_transposed, pack_vectors
+from fastrnn.parallel import parts_for, run
 from fastrnn.simd import lanes, padded
 from fastrnn.stepper import Stepper
+from fastrnn.units import parts_of_units
 
 State = Any  # h (layers, B, H), or for the LSTM (h, c)
 
 # A chunk of pre-activations of one slice of the batch stays within the second-level cache, unless
 # too few rows would then share a pass over the weights.
 _CHUNK_BYTES = 1 << 18
-# Multiply-adds of a step from which two threads share it, bytes of weights that do not stay in the
-# second-level cache, and sequences of a thread that make up for reading them.
-_SHARED, _LARGE, _FEW = 1 << 16, 1 << 20, 12
 
 
 @dataclass
@@ -221,20 +219,6 @@ class _Recurrent(Module):
         output.flags.writeable = not keep
         return output, self._state_out(last, unbatched), result
 
-    def _parts_of_units(self, batch: int) -> int:
-        """How many threads are to share the units of a step, rather than the sequences: if above 1.
-
-        They do where there are fewer sequences than threads, and where weights that do not stay in
-        the second-level cache would be read by each thread for a few sequences.
-        """
-        threads = get_num_threads()
-        work = batch * self.cell.gates * self.hidden_size**2
-        parts = min(threads, recurrence.slices_of_units(self.hidden_size, self.dtype))
-        few = work * self.dtype.itemsize > batch * _LARGE and batch < _FEW * threads
-        if work < _SHARED or parts < min(threads, batch) or not (batch < threads or few):
-            return 1
-        return parts
-
     def _run_layer(
         self, layer: int, x: np.ndarray, vectors: np.ndarray | None, states: list, keep: bool
     ) -> _Saved:
@@ -245,7 +229,7 @@ class _Recurrent(Module):
         tokens = x.dtype == np.int32
         work = steps * batch * cell.gates * hidden * (size + (0 if tokens else weight_x.shape[1]))
         row = cell.tape * hidden
-        meet = self._parts_of_units(batch)
+        meet = parts_of_units(cell, batch, size, dtype)
         if meet > 1:
             rows, columns = batch, row // meet
         else:
@@ -262,19 +246,12 @@ class _Recurrent(Module):
         tape = empty((steps if keep else chunk, batch, row), dtype)
         b_x, b_h = self.params.get(f"bias_ih_l{layer}"), self.params.get(f"bias_hh_l{layer}")
         bias = pack_bias(cell, size, dtype, b_x, b_h)
-        gathered = tokens and vectors is None
-        packed = pack_transposed(
-            weight_x, cell.order_x, rows=gathered, apart=meet > 1 and not tokens
-        )
-        if vectors is not None:
-            # What each token adds to the sums, bias and all.
-            shared = bias[: cell.gates * hidden]
-            table = empty((len(vectors), shared.size), dtype)
-            parts_of_table = parts_for(table.size * vectors.shape[1], len(vectors))
-            run(gemm.affine, parts_of_table, vectors, packed, shared, table)
-            packed = table.reshape(-1)
-            # Adding it changes no number, not even the sign of a zero.
-            shared.fill(-0.0)
+        if vectors is None:
+            packed = pack_transposed(
+                weight_x, cell.order_x, rows=tokens, apart=meet > 1 and not tokens
+            )
+        else:
+            packed = pack_vectors(weight_x, cell.order_x, bias, vectors)
         packed_h = pack_transposed(weight_h, cell.order_h, apart=meet > 1)
         arguments = (cell, cell.tail, chunk, int(keep), x, packed, packed_h, bias, h, carry, tape)
         if meet > 1:
@@ -356,7 +333,7 @@ class _Recurrent(Module):
         work = steps * batch * cell.gates * hidden * size
         packed = pack(weight_h, cell.order_h, hidden)
         arguments = (cell, cell.tail, d_y, packed, s.h, s.carry, s.tape, d_h, d_carry)
-        meet = self._parts_of_units(batch)
+        meet = parts_of_units(cell, batch, size, dtype)
         if meet > 1:
             together(recurrence.backward_slice, meet, *arguments)
         else:

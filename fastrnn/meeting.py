@@ -2,8 +2,8 @@
 
 A meeting is an array of int64, a line of the cache for each part and one more. A part's number is 0
 before it has come, 1 when it has, GONE if it must not come any more; from when all have come on it
-is 2 and the steps that the part has done. The last number is 1 when who has not begun is to leave.
-A kernel that is given an empty array meets nobody.
+is 2 and the steps that the part has done. The last number is 1 when there is nothing to wait for:
+the first part does it all, or one has failed. A kernel that is given an empty array meets nobody.
 """
 
 from __future__ import annotations
@@ -112,8 +112,7 @@ def gather(place, part, parts):
         looks = 0
         # The first decides.
         while _look(place, 0) < 2:
-            # In this order: it may have come, done its part and said so in between.
-            if _look(place, last) and _look(place, 0) < 2:
+            if _look(place, last):
                 return 0
             _rest(looks)
             looks += 1
@@ -139,9 +138,10 @@ def arrive(place, part, steps):
 
 @helper
 def wait(place, parts, steps):
-    """Wait until all have done so many steps."""
+    """Wait until all have done so many steps, or one has failed."""
+    last = place.size - _APART
     for other in range(parts):
         looks = 0
-        while _look(place, other * _APART) < steps + 2:
+        while _look(place, other * _APART) < steps + 2 and not _look(place, last):
             _rest(looks)
             looks += 1

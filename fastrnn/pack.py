@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.gemm import COLS
+from fastrnn.gemm import COLS, affine
 from fastrnn.jit import kernel
 from fastrnn.memory import empty
 from fastrnn.parallel import parts_for, run
@@ -108,3 +108,20 @@ def pack_bias(
                 indices(order), axis=0
             )
     return packed.reshape(-1)
+
+
+def pack_vectors(
+    weight: np.ndarray, order: tuple[int, ...], bias: np.ndarray, vectors: np.ndarray
+) -> np.ndarray:
+    """What each of `vectors` (V, I) adds to the sums, bias and all, as rows to be gathered.
+
+    The part of `bias` (see `pack_bias`) that it takes over becomes -0.0, which changes no number
+    that it is added to, not even the sign of a zero.
+    """
+    packed = pack_transposed(weight, order)
+    shared = bias[: packed.size // weight.shape[1]]
+    table = empty((len(vectors), shared.size), weight.dtype)
+    parts = parts_for(table.size * vectors.shape[1], len(vectors))
+    run(affine, parts, vectors, packed, shared, table)
+    shared.fill(-0.0)
+    return table.reshape(-1)

@@ -22,12 +22,19 @@ _SMALL = 1_000_000
 class _Task:
     """One part of a call: a function, its arguments, who does it and what became of it."""
 
-    __slots__ = ("arguments", "done", "error", "finished", "function", "owner")
+    __slots__ = ("arguments", "dismiss", "done", "error", "finished", "function", "owner")
 
-    def __init__(self, function: Callable, arguments: tuple, done: SimpleQueue) -> None:
+    def __init__(
+        self,
+        function: Callable,
+        arguments: tuple,
+        done: SimpleQueue,
+        dismiss: Callable[[], None] | None = None,
+    ) -> None:
         self.function = function
         self.arguments = arguments
         self.done = done
+        self.dismiss = dismiss
         self.owner: dict[str, str] = {}
         self.finished = False
         self.error: BaseException | None = None
@@ -44,6 +51,8 @@ class _Task:
             self.function(*self.arguments)
         except BaseException as error:
             self.error = error
+            if self.dismiss is not None:
+                self.dismiss()
         self.arguments = ()
         self.finished = True
         self.done.put(None)
@@ -110,8 +119,8 @@ def launch(
 ) -> None:
     """`run`; with `dismiss`, for parts that wait for each other (see `fastrnn.meeting`).
 
-    Those run on threads of their own, as many as there are, and `dismiss` tells them to leave if
-    the caller could not begin.
+    Those run on threads of their own, as many as there are; if one of them fails, `dismiss` tells
+    the others that they wait in vain.
     """
     if parts == 1:
         function(0, 1, *arguments)
@@ -120,13 +129,14 @@ def launch(
     done: SimpleQueue = SimpleQueue()
     tasks: list[_Task] = []
     threads: list[SimpleQueue[_Task]] = []
+    ended = False
     try:
         while len(threads) < parts - 1 and pool.take(threads, _threads - 1):
             pass
         if dismiss is not None:
             parts = len(threads) + 1
         for thread in threads:
-            tasks.append(_Task(function, (len(tasks) + 1, parts, *arguments), done))
+            tasks.append(_Task(function, (len(tasks) + 1, parts, *arguments), done, dismiss))
             thread.put(tasks[-1])
         for part in (0, *range(len(tasks) + 1, parts)):
             function(part, parts, *arguments)
@@ -135,13 +145,14 @@ def launch(
             if dismiss is None and task.claim("caller"):
                 task.arguments = ()
                 function(part, parts, *arguments)
+        ended = True
     finally:
         # The threads write into the caller's arrays: an interrupt waits for them too, wherever it
         # comes. Each of these steps may be done twice.
         interrupt = None
         while True:
             try:
-                if dismiss is not None:
+                if dismiss is not None and not ended:
                     dismiss()
                 begun = [task for task in tasks if not task.claim("caller")]
                 while not all(task.finished for task in begun):

@@ -17,8 +17,6 @@ meeting  see `fastrnn.meeting`; empty for slices of the batch
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import types
 from numba.extending import overload
@@ -38,7 +36,6 @@ from fastrnn.simd import (
     at,
     flush_denormals,
     keep_alive,
-    lanes,
     load,
     load_n,
     restore_denormals,
@@ -46,12 +43,7 @@ from fastrnn.simd import (
     store_n,
     width_of,
 )
-from fastrnn.tile import COLS
-
-
-def slices_of_units(size: int, dtype: Any) -> int:
-    """Into how many parts the units can be cut: whole panels."""
-    return -(-size // (COLS * lanes(dtype)))
+from fastrnn.units import multiply_units, units_of
 
 
 @helper
@@ -61,9 +53,8 @@ def _slice(part, parts, meeting, batch, size, w):
     if meeting.size == 0:
         first = batch * part // parts
         return first, batch * (part + 1) // parts - first, 0, run
-    wide = COLS * w
-    panels = (size + wide - 1) // wide
-    return 0, batch, panels * part // parts * wide, min(run, panels * (part + 1) // parts * wide)
+    low, high = units_of(part, parts, size, w)
+    return 0, batch, low, high
 
 
 def _project(x, t, steps, first, rows, low, high, pieces, w_x, bias, tape, slot, n):
@@ -145,13 +136,8 @@ def forward_slice(part, parts, meeting, cell, tail, chunk, keep, x, w_x, w_h, bi
             h_old = at(h, (t * batch + first) * size)
             if together:
                 wait(meeting, parts, t)
-            for piece in range(pieces):
-                left = n // pieces * piece + low
-                s = at(tape, ((slot + t - start) * batch + first) * row + tail * run + left)
-                multiply(
-                    1, rows, end - low, size, h_old, size, 0, at(w_h, left * size),
-                    s, row, s, row, 0,
-                )  # fmt: skip
+            s = at(tape, ((slot + t - start) * batch + first) * row + tail * run)
+            multiply_units(pieces, low, end, rows, n, size, h_old, size, at(w_h, 0), s, row, s, row)
             for r in range(rows):
                 b = first + r
                 here = (t * batch + b) * size

@@ -268,6 +268,16 @@ def at(typingctx, array, offset):
 
 
 @intrinsic
+def pointer_to(typingctx, like, address):
+    """Pointer to numbers as `like` has them, from where they are in memory."""
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[1], context.get_value_type(sig.return_type))
+
+    return types.CPointer(like.dtype)(like, types.intp), codegen
+
+
+@intrinsic
 def keep_alive(typingctx, array):
     """Use `array`, so that the memory behind a pointer to it lasts until here.
 

@@ -10,12 +10,23 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numba import carray
 
-from fastrnn.cells.cell import Cell, gates, load_carry, load_tape, output, store_runs
+from fastrnn.cells.cell import (
+    Cell,
+    gates,
+    load_carry,
+    load_tape,
+    output,
+    store_runs,
+    tail_of,
+    tape_of,
+)
 from fastrnn.checks import as_array, as_floats, as_tokens, check_in_place
-from fastrnn.gemm import multiply
 from fastrnn.jit import helper, kernel
-from fastrnn.pack import pack_bias, pack_transposed
+from fastrnn.meeting import NOBODY, arrive, wait
+from fastrnn.memory import empty
+from fastrnn.pack import pack_bias, pack_transposed, pack_vectors
 from fastrnn.parallel import parts_for, run
 from fastrnn.simd import (
     at,
@@ -23,11 +34,13 @@ from fastrnn.simd import (
     load,
     load_n,
     padded,
+    pointer_to,
     restore_denormals,
     store,
     store_n,
     width_of,
 )
+from fastrnn.units import multiply_units
 
 
 class Bound(NamedTuple):
@@ -42,8 +55,19 @@ class Bound(NamedTuple):
     places: np.ndarray
 
 
-def bind(cell: Cell, layers: list[list[np.ndarray | None]], tokens: bool) -> Bound:
-    """From (weight_ih, weight_hh, bias_ih, bias_hh) of each layer; the first may take tokens."""
+def bind(
+    cell: Cell,
+    layers: list[list[np.ndarray | None]],
+    tokens: bool,
+    *,
+    vectors: np.ndarray | None = None,
+    apart: bool = False,
+) -> Bound:
+    """From (weight_ih, weight_hh, bias_ih, bias_hh) of each layer; the first may take tokens.
+
+    vectors  (V, I): the tokens stand for these
+    apart    for slices of the units
+    """
     pieces: list[np.ndarray] = []
     places, end = [], 0
     for layer, (w_x, w_h, b_x, b_h) in enumerate(layers):
@@ -51,55 +75,69 @@ def bind(cell: Cell, layers: list[list[np.ndarray | None]], tokens: bool) -> Bou
         assert w_h is not None
         gather = tokens and layer == 0
         places.append([0 if gather else w_x.shape[1]])
-        for piece in (
-            pack_transposed(w_x, cell.order_x, rows=gather),
-            pack_transposed(w_h, cell.order_h),
-            pack_bias(cell, w_h.shape[1], w_h.dtype, b_x, b_h),
-        ):
+        bias = pack_bias(cell, w_h.shape[1], w_h.dtype, b_x, b_h)
+        if gather and vectors is not None:
+            packed = pack_vectors(w_x, cell.order_x, bias, vectors)
+        else:
+            packed = pack_transposed(w_x, cell.order_x, rows=gather, apart=apart and not gather)
+        for piece in (packed, pack_transposed(w_h, cell.order_h, apart=apart), bias):
             pieces.append(piece)
             places[-1].append(end)
             end += piece.size
-    return Bound(np.concatenate(pieces), np.array(places))
+    # All begin on a register boundary: they are whole registers.
+    weights = empty(end, pieces[0].dtype)
+    np.concatenate(pieces, out=weights)
+    return Bound(weights, np.array(places))
 
 
 @helper
-def advance(cell, tail, weights, places, x, tokens, h, carry, s, columns, first, rows):
-    """Take sequences [first, first + rows) through all layers.
+def advance(
+    cell, weights, places, x, tokens, h, h_new, carry, s, columns, first, rows, low, high,
+    meeting, part, parts, done,
+):  # fmt: skip
+    """Take units [low, high) of sequences [first, first + rows) through all layers.
 
     x        at (rows, I), what the first layer takes unless places has tokens for it
     tokens   (B,)
-    h, carry (layers, B, H), (layers, B, carries*Hp): before and after
+    h, h_new (layers, B, H), before and after; the same array if the part has all units
+    carry    (layers, B, carries*Hp), before and after
     s        at (rows, columns), scratch; columns is tape*Hp
+    done     how often the parts have met; returns how often after
     """
     layers, batch, size = h.shape
     w = width_of(h)
     run = (size + w - 1) // w * w
     n = (places[0, 3] - places[0, 2]) // size
+    together = meeting.size > 0 and parts > 1
+    pieces = 1 if meeting.size == 0 else n // run
+    end = n if meeting.size == 0 else high
     for layer in range(layers):
         here = (layer * batch + first) * size
         bias = at(weights, places[layer, 3])
         w_x = at(weights, places[layer, 1])
         width = places[layer, 0]
         for r in range(rows):
-            for j in range(n, columns, w):
-                store(s, r * columns + j, load(bias, j))
+            for left in range(n, columns, run):
+                for j in range(left + low, left + high, w):
+                    store(s, r * columns + j, load(bias, j))
         if width == 0:
             for r in range(rows):
                 source = tokens[first + r] * n
-                for j in range(0, n, w):
-                    store(s, r * columns + j, load(w_x, source + j) + load(bias, j))
-        elif layer == 0:
-            multiply(1, rows, n, width, x, width, 0, w_x, bias, 0, s, columns, 0)
+                for left in range(0, n, n // pieces):
+                    for j in range(left + low, left + end, w):
+                        store(s, r * columns + j, load(w_x, source + j) + load(bias, j))
         else:
-            below = at(h, here - batch * size)
-            multiply(1, rows, n, width, below, width, 0, w_x, bias, 0, s, columns, 0)
-        into = at(s, tail * run)
+            below = x if layer == 0 else at(h_new, here - batch * size)
+            multiply_units(pieces, low, end, rows, n, width, below, width, w_x, bias, 0, s, columns)
+        into = at(s, tail_of(cell) * run)
         w_h = at(weights, places[layer, 2])
-        multiply(1, rows, n, size, at(h, here), size, 0, w_h, into, columns, into, columns, 0)
+        multiply_units(
+            pieces, low, end, rows, n, size, at(h, here), size, w_h, into, columns, into, columns
+        )
         for r in range(rows):
             unit = here + r * size
             carried = (layer * batch + first + r) * carry.shape[2]
-            for u in range(0, size, w):
+            for u in range(low, min(high, size), w):
                 h_old = load_n(h, unit + u, size - u)
                 kept, carry_new = gates(
                     cell,
@@ -107,26 +145,44 @@ def advance(cell, tail, weights, places, x, tokens, h, carry, s, columns, first,
                     h_old,
                     load_carry(cell, carry, carried + u, run),
                 )
-                h_new, _ = output(cell, kept, h_old, carry_new)
-                store_n(h, unit + u, h_new, size - u)
+                h_next, _ = output(cell, kept, h_old, carry_new)
+                store_n(h_new, unit + u, h_next, size - u)
                 store_runs(carry, carried + u, run, carry_new)
+        if together:
+            done += 1
+            arrive(meeting, part, done)
+            wait(meeting, parts, done)
+    return done
+
+
+# What `where` of `_step` has: addresses of the arrays of `advance`, and sizes.
+_WEIGHTS, _PLACES, _H, _CARRY, _S, _COUNT, _LAYERS, _BATCH, _SIZE, _CARRIED = range(10)
 
 
 @kernel
-def _step(part, parts, cell, tail, columns, weights, places, x, tokens, h, carry, s, out):
-    """One step of a slice of the sequences; out (B*H) receives the last layer's h."""
+def _step(part, parts, cell, where, x, tokens, out):
+    """One step of a slice of the sequences; out (B*H) receives the last layer's h.
+
+    Few arguments, since each array costs as much as a small product.
+    """
     mode = flush_denormals()
-    layers, batch, size = h.shape
+    layers, batch, size = where[_LAYERS], where[_BATCH], where[_SIZE]
+    weights = carray(pointer_to(out, where[_WEIGHTS]), where[_COUNT])
+    places = carray(pointer_to(where, where[_PLACES]), (layers, 4))
+    h = carray(pointer_to(out, where[_H]), (layers, batch, size))
+    carry = carray(pointer_to(out, where[_CARRY]), (layers, batch, where[_CARRIED]))
+    w = width_of(out)
+    run = (size + w - 1) // w * w
+    columns = tape_of(cell) * run
     first = batch * part // parts
     rows = batch * (part + 1) // parts - first
-    into = at(s, first * columns)
+    s = at(pointer_to(out, where[_S]), first * columns)
     inputs = x.size // batch
     advance(
-        cell, tail, weights, places, at(x, first * inputs), tokens, h, carry, into, columns,
-        first, rows,
+        cell, weights, places, at(x, first * inputs), tokens, h, h, carry, s, columns,
+        first, rows, 0, run, NOBODY, part, parts, 0,
     )  # fmt: skip
     top = ((layers - 1) * batch + first) * size
-    w = width_of(h)
     for u in range(0, rows * size, w):
         store_n(out, first * size + u, load_n(h, top + u, rows * size - u), rows * size - u)
     restore_denormals(mode)
@@ -155,13 +211,14 @@ class Stepper:
         self._run = padded(size, self.dtype)
         self._h = np.zeros((layer.num_layers, count, size), self.dtype)
         self._carry = np.zeros((layer.num_layers, count, cell.carries * self._run), self.dtype)
-        self._columns = cell.tape * self._run
-        self._s = np.empty(count * self._columns, self.dtype)
+        self._s = empty(count * cell.tape * self._run, self.dtype)
         self._x_shape: tuple[int, ...] = () if tokens else (layer.input_size,)
         self._out_shape: tuple[int, ...] = (size,)
         if batch is not None:
             self._x_shape, self._out_shape = (batch, *self._x_shape), (batch, size)
-        self._x_dtype = np.dtype(np.int32) if tokens else self.dtype
+        # Tokens are always looked at closely.
+        self._x_dtype = None if tokens else self.dtype
+        self._cell = cell
         self._no_tokens = np.zeros(count, np.int32)
         self._no_x = np.zeros(count, self.dtype)
         self.refresh()
@@ -176,39 +233,45 @@ class Stepper:
         # Of a table of tokens a sequence reads one row.
         table = layer.params["weight_ih_l0"].size if self._tokens else 0
         self._work = self._count * (bound.weights.size - table)
-        self._fixed = (cell, cell.tail, self._columns, *bound)
-        self._state = (self._h, self._carry, self._s)
-        example = (*self._fixed, self._no_x, self._no_tokens, *self._state, self._no_x)
+        # The arrays must not be let go while their addresses are in use.
+        self._bound = bound
+        arrays = (*bound, self._h, self._carry, self._s)
+        sizes = (bound.weights.size, *self._h.shape, self._carry.shape[2])
+        self._where = np.array([*(array.ctypes.data for array in arrays), *sizes])
+        example = (cell, self._where, self._no_x, self._no_tokens, self._no_x)
         # The compiled function itself: nothing is looked up in a call.
         self._kernel = _step.compile(tuple(numba.typeof(a) for a in (0, 1, *example)))
 
     def __call__(self, x: Any, out: np.ndarray | None = None) -> np.ndarray:
         """One step; see the class."""
+        # The usual array is known at a glance; any other is looked at closely.
         if not (
             type(x) is np.ndarray
+            and x.dtype is self._x_dtype
             and x.shape == self._x_shape
-            and x.dtype == self._x_dtype
             and x.flags.carray
-            and not self._tokens
         ):
             x = self._checked(x)
         if out is None:
             out = np.empty(self._out_shape, self.dtype)
         elif not (
             type(out) is np.ndarray
+            and out.dtype is self.dtype
             and out.shape == self._out_shape
-            and out.dtype == self.dtype
             and out.flags.carray
         ):
             check_in_place("out", out, self.dtype, self._out_shape)
+        tokens = self._no_tokens
+        if self._tokens:
+            x, tokens = self._no_x, x
+        elif x.ndim > 1:
+            x = x.reshape(-1)
         flat = out if self._unbatched else out.reshape(-1)
-        x = x if x.ndim == 1 else x.reshape(-1)
-        x, tokens = (self._no_x, x) if self._tokens else (x, self._no_tokens)
-        parts = parts_for(self._work, self._count)
+        parts = 1 if self._count == 1 else parts_for(self._work, self._count)
         if parts == 1:
-            self._kernel(0, 1, *self._fixed, x, tokens, *self._state, flat)
+            self._kernel(0, 1, self._cell, self._where, x, tokens, flat)
         else:
-            run(_step, parts, *self._fixed, x, tokens, *self._state, flat)
+            run(_step, parts, self._cell, self._where, x, tokens, flat)
         return out
 
     def _checked(self, x: Any) -> np.ndarray:

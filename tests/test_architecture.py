@@ -26,7 +26,7 @@ LEVELS = (
     {"simd"},
     {"vmath", "tile", "meeting"},
     {"gemm"},
-    {"cells", "dropout", "loss", "optim", "clip"},
+    {"cells", "dropout", "loss", "optim", "clip", "units"},
     {"pack"},
     {"recurrence", "module", "stepper"},
     {"layers", "dense"},

@@ -17,16 +17,18 @@ from helpers import (
 )
 from test_processes import EIGHT, LIMIT, PRELUDE, Program, posix
 
-from fastrnn import layers, meeting, parallel
-from fastrnn.recurrence import slices_of_units
+from fastrnn import generate as generate_module
+from fastrnn import layers, meeting, parallel, units
+from fastrnn.generate import generate
+from fastrnn.models import CELL_NAMES, LanguageModel
 from fastrnn.tile import COLS
 
 
 @pytest.fixture
 def shared(monkeypatch):
     """Every step is shared, however small."""
-    monkeypatch.setattr(layers, "_SHARED", 0)
-    monkeypatch.setattr(layers, "_LARGE", -1)
+    monkeypatch.setattr(units, "_SHARED", 0)
+    monkeypatch.setattr(units, "_LARGE", -1)
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_same_bits(cell, dtype, tokens, past, batch, shared, met):
         want = computed(problem)
     assert not met
     for count in (2, 3):
-        parts = min(count, slices_of_units(hidden, dtype))
+        parts = min(count, -(-hidden // (COLS * lanes)))
         with threads(count):
             same_results(computed(problem), want)
         # With more threads than slices of units, and as many sequences, those are shared out.
@@ -67,6 +69,41 @@ def test_same_bits(cell, dtype, tokens, past, batch, shared, met):
             assert ("forward_slice", parts) in met
             assert ("backward_slice", parts) in met
         met.clear()
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+@each_dtype
+@pytest.mark.parametrize("embedding", [0, 7])
+@pytest.mark.parametrize("options", [{}, {"greedy": True}, {"top_k": 3, "eos": 1}], ids=str)
+def test_sampling(name, dtype, embedding, options, shared, monkeypatch):
+    hidden = 2 * COLS * layers.lanes(dtype) + 3
+    model = LanguageModel(
+        11, hidden, cell=name, num_layers=2, embedding_size=embedding, dtype=dtype, seed=3
+    )
+    prompt = np.array([[4, 2], [1, 9]], np.int32)
+    counts = []
+
+    def spied(function, parts, *arguments):
+        counts.append(parts)
+        meeting.together(function, parts, *arguments)
+
+    monkeypatch.setattr(generate_module, "together", spied)
+    # Fewer steps than tokens, and more: the vectors are taken as they are, and in a table.
+    for length, batch in ((4, 2), (30, 1)):
+        texts = []
+        for count in (1, 2, 3):
+            with threads(count):
+                text = generate(model, prompt[:, :batch], length, seed=5, **options)
+                texts.append([sequence.tolist() for sequence in text])
+        assert all(text == texts[0] for text in texts)
+    assert counts.count(2) >= 2
+
+
+def test_sampling_stops_on_bad_weights(shared):
+    model = LanguageModel(5, 2 * COLS * 16, seed=0)
+    model.params["head.bias"][2] = np.nan
+    with threads(2), pytest.raises(ValueError, match="finite"):
+        generate(model, [1], 50, seed=0)
 
 
 def test_shared_where_it_helps(met):
@@ -189,8 +226,8 @@ def test_a_thread_that_is_slow_to_see_it_is_waited_for():
 SHARED = (
     PRELUDE.replace("(5, 19,", "(5, 150,").replace("7, 6, 19", "7, 6, 150")
     + """
-from fastrnn import layers
-layers._SHARED, layers._LARGE = 0, -1
+from fastrnn import units
+units._SHARED, units._LARGE = 0, -1
 """
 )
 

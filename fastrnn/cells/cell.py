@@ -117,6 +117,25 @@ def _backward(cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry):
     )
 
 
+def _count(name: str) -> Any:
+    """A count of a cell, known when a kernel is compiled."""
+
+    @intrinsic
+    def count(typingctx, cell):
+        number = getattr(cell.cell, name)
+
+        def codegen(context, builder, sig, args):
+            return context.get_constant(types.intp, number)
+
+        return types.intp(cell), codegen
+
+    return count
+
+
+tape_of = _count("tape")
+tail_of = _count("tail")
+
+
 def _runs(count_of: str) -> Any:
     @intrinsic
     def load_runs(typingctx, cell, array, at, distance):
