@@ -9,7 +9,7 @@ import numpy as np
 
 from fastrnn.checks import as_number, for_kernel
 from fastrnn.jit import kernel
-from fastrnn.parallel import parts_for, run
+from fastrnn.parallel import ELEMENT, parts_for, run
 
 _BLOCK = 4096
 
@@ -32,7 +32,7 @@ def _squares(part, parts, x, block, sums):
 
 def _sum_of_squares(x: np.ndarray) -> float:
     sums = np.empty(-(-x.size // _BLOCK))
-    run(_squares, parts_for(x.size * 8, sums.size), x, _BLOCK, sums)
+    run(_squares, parts_for(x.size * ELEMENT, sums.size), x, _BLOCK, sums)
     return float(sums.sum())
 
 

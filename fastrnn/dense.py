@@ -12,7 +12,7 @@ from fastrnn.checks import as_array, as_dtype, as_floats, as_seed, as_size, as_t
 from fastrnn.memory import empty
 from fastrnn.module import Module, Params, new_grads
 from fastrnn.pack import pack, pack_transposed
-from fastrnn.parallel import parts_for, run
+from fastrnn.parallel import ELEMENT, parts_for, run
 from fastrnn.simd import lanes
 
 
@@ -138,7 +138,7 @@ class Embedding(Module):
         tokens = saved.reshape(saved.shape[0] if saved.ndim > 1 else 1, -1)
         rows = d_y.reshape(*tokens.shape, self.embedding_dim)
         unused = np.zeros(self.embedding_dim, self.dtype)
-        parts = parts_for(d_y.size * 4, self.embedding_dim // lanes(self.dtype))
+        parts = parts_for(d_y.size * ELEMENT, self.embedding_dim // lanes(self.dtype))
         run(gemm.scatter_rows, parts, tokens, rows, grads["weight"], unused)
         return grads
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastrnn.jit import helper, kernel
-from fastrnn.parallel import parts_for, run
+from fastrnn.parallel import ELEMENT, parts_for, run
 
 
 @helper
@@ -49,5 +49,5 @@ def dropout(x: np.ndarray, p: float, seed: int, y: np.ndarray) -> None:
     """
     limit = np.uint64(int(p * 2**53))
     scale = x.dtype.type(1 / (1 - p))
-    parts = parts_for(x.size * 4, x.shape[0] * x.shape[1])
+    parts = parts_for(x.size * ELEMENT, x.shape[0] * x.shape[1])
     run(_dropout, parts, x, np.uint64(seed % 2**64), limit, scale, y)

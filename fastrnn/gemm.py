@@ -10,6 +10,8 @@ A *panel* is a block of `COLS` registers of columns (fewer in the last one), sto
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import types
 
@@ -18,9 +20,11 @@ from fastrnn.simd import (
     at,
     flush_denormals,
     keep_alive,
+    lanes,
     load,
     load_n,
     machine,
+    padded,
     restore_denormals,
     store,
     store_n,
@@ -62,6 +66,11 @@ def panel_scratch(like, m_x, m_h):
 def strip_scratch(like):
     """Memory for the strips of `accumulate`."""
     return scratch(like, GROUP * RUN * STRIP * width_of(like))
+
+
+def scratch_size(m_x: int, m_h: int, dtype: Any) -> int:
+    """Numbers in `panel_scratch` and `strip_scratch`."""
+    return RUN * (padded(m_x, dtype) + padded(m_h, dtype) + GROUP * STRIP * lanes(dtype))
 
 
 @helper

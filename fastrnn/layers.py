@@ -9,6 +9,7 @@ summed up by token first: there, pieces agree with the whole to rounding.)
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from fastrnn.meeting import NOBODY, together
 from fastrnn.memory import empty, zeros
 from fastrnn.module import Module, Params, new_grads
 from fastrnn.pack import indices, pack, pack_bias, pack_transposed, pack_vectors
-from fastrnn.parallel import parts_for, run
+from fastrnn.parallel import get_num_threads, parts_for, run
 from fastrnn.simd import lanes, padded
 from fastrnn.stepper import Stepper
 from fastrnn.units import parts_of_units
@@ -260,6 +261,40 @@ class _Recurrent(Module):
             run(recurrence.forward_slice, parts, NOBODY, *arguments)
         # A view, since backward relies on the shape.
         return _Saved(x, h, carry, tape, None if vectors is None else vectors.view(), 0)
+
+    def training_bytes(self, steps: int, batch: int) -> int:
+        """Bytes that `forward` and `backward` take at most, for features of (steps, batch, I).
+
+        Beside x, d_output and `params`: what the layers save (see `Saved.nbytes`) and the dropped
+        out copies between them; the gradients of all parameters; and, kept from step to step, the
+        packed weights, d_x and the gradient from the layer above, of one layer at a time, and some
+        pieces for each thread.
+        """
+        steps, batch = as_size("steps", steps), as_size("batch", batch)
+        cell, size, layers = self.cell, self.hidden_size, self.num_layers
+        hidden = padded(size, self.dtype)
+        rows, count = cell.gates * hidden, steps * batch
+        saved = batch * (steps * cell.tape * hidden + (steps + 1) * (size + cell.carries * hidden))
+        dropped = count * size * (layers - 1) if self.dropout else 0
+        # Of arrays of one size as many as are in use at the same time.
+        kept: Counter[int] = Counter()
+        pieces = 0
+        for layer in range(layers):
+            inputs = self.input_size if layer == 0 else size
+            kept |= Counter([rows * inputs, rows * size])
+            packed = [rows * padded(n, self.dtype) for n in (inputs, size)]
+            above = [count * size] if layer < layers - 1 else []
+            kept |= Counter([*packed, count * inputs, *above])
+            pieces = max(pieces, gemm.scratch_size(inputs, size, self.dtype))
+        params = sum(value.size for value in self.params.values())
+        numbers = (
+            layers * saved
+            + dropped
+            + params
+            + sum(n * times for n, times in kept.items())
+            + get_num_threads() * pieces
+        )
+        return self.dtype.itemsize * numbers
 
     def backward(
         self,

@@ -11,7 +11,7 @@ from fastrnn.checks import as_array, as_dtype, as_floats, as_tokens, check_shape
 from fastrnn.gemm import scratch
 from fastrnn.jit import kernel
 from fastrnn.memory import empty
-from fastrnn.parallel import parts_for, run
+from fastrnn.parallel import ELEMENT, parts_for, run
 from fastrnn.simd import (
     broadcast,
     flush_denormals,
@@ -109,7 +109,7 @@ def softmax_cross_entropy(
     losses = np.empty(len(rows))
     d_logits = rows if inplace else empty(rows.shape, dtype)
     scale = 1 / counted if counted else 0.0
-    parts = parts_for(rows.size * 8, len(rows))
+    parts = parts_for(rows.size * ELEMENT, len(rows))
     run(softmax_rows, parts, rows, ids, ignored, scale, losses, d_logits)
     loss = float(losses.sum() * scale)
     return loss, d_logits.reshape(array.shape)
@@ -120,7 +120,7 @@ def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     rows = logits.reshape(-1, logits.shape[-1])
     losses = np.empty(len(rows))
     none = np.empty((0, rows.shape[1]), rows.dtype)
-    parts = parts_for(rows.size * 8, len(rows))
+    parts = parts_for(rows.size * ELEMENT, len(rows))
     run(softmax_rows, parts, rows, targets.reshape(-1), -1, 1.0, losses, none)
     return losses.reshape(targets.shape)
 

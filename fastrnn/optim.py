@@ -22,7 +22,7 @@ from fastrnn.checks import (
     load_params,
 )
 from fastrnn.jit import kernel
-from fastrnn.parallel import parts_for, run
+from fastrnn.parallel import ELEMENT, parts_for, run
 from fastrnn.simd import flush_denormals, load_n, restore_denormals, sqrt, store_n, width_of
 
 Arrays = dict[str, np.ndarray]
@@ -86,7 +86,7 @@ def blend_(means: Mapping[str, np.ndarray], params: Mapping[str, np.ndarray], sh
     for key, p in params.items():
         mean = check_in_place(f"means[{key!r}]", means.get(key), p.dtype, p.shape).reshape(-1)
         flat = p.reshape(-1)
-        run(_blend, parts_for(p.size * 8, p.size), mean, flat, p.dtype.type(share))
+        run(_blend, parts_for(p.size * ELEMENT, p.size), mean, flat, p.dtype.type(share))
 
 
 class Optimizer:
@@ -140,7 +140,7 @@ class Optimizer:
             g = for_kernel(grads[key]).reshape(-1)
             function, arguments = self._update()
             numbers = [p.dtype.type(n) if isinstance(n, float) else n for n in arguments]
-            run(function, parts_for(p.size * 8, p.size), p.reshape(-1), g, *slots, *numbers)
+            run(function, parts_for(p.size * ELEMENT, p.size), p.reshape(-1), g, *slots, *numbers)
 
     def _update(self) -> tuple[Any, tuple]:
         """The kernel of this step and its numbers."""

@@ -13,7 +13,7 @@ import numpy as np
 from fastrnn.gemm import COLS, affine
 from fastrnn.jit import kernel
 from fastrnn.memory import empty
-from fastrnn.parallel import parts_for, run
+from fastrnn.parallel import ELEMENT, parts_for, run
 from fastrnn.simd import lanes, load_n, padded, store, transpose, width_of
 
 
@@ -82,7 +82,7 @@ def pack_transposed(
     registers = len(order) * -(-size // w)
     packed = empty(weight.shape[1] * registers * w, weight.dtype)
     cols = registers if rows else COLS
-    parts = parts_for(packed.size * 8, registers)
+    parts = parts_for(packed.size * ELEMENT, registers)
     stretch = registers // len(order) if apart else registers
     run(_pack_transposed, parts, weight, indices(order), size, cols, stretch, packed)
     return packed
@@ -92,7 +92,7 @@ def pack(weight: np.ndarray, order: tuple[int, ...], gap: int) -> np.ndarray:
     """Panels of weight, its gates `gap` rows apart."""
     depth = len(order) * gap
     packed = empty(depth * padded(weight.shape[1], weight.dtype), weight.dtype)
-    parts = parts_for(packed.size * 8, depth)
+    parts = parts_for(packed.size * ELEMENT, depth)
     run(_pack, parts, weight, indices(order), len(weight) // len(order), gap, packed)
     return packed
 

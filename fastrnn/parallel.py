@@ -15,8 +15,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-# Multiply-adds below which waking a thread costs more than it saves.
-_SMALL = 1_000_000
+# Multiply-adds below which waking a thread costs more than it saves, and how many of them reading
+# and writing an element lasts.
+_SMALL = 6_000_000
+ELEMENT = 32
 
 
 class _Task:

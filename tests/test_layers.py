@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,7 +26,7 @@ from helpers import (
 )
 
 import fastrnn
-from fastrnn import loss, optim, reference
+from fastrnn import loss, memory, optim, reference
 from fastrnn.cells import CELLS
 from fastrnn.clip import clip_grad_norm_, clip_grad_value_, grad_norm
 from fastrnn.dropout import dropout
@@ -1145,3 +1147,26 @@ def test_bad_calls_of_clipping(call, error, parts):
 def test_every_cell_is_a_public_layer():
     found = {layer.cell.name for layer in (new_layer(cell, n_in, H) for cell in CELLS)}
     assert found == set(CELLS)
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", [fastrnn.RNN, fastrnn.GRU, fastrnn.LSTM])
+@pytest.mark.parametrize(
+    "sizes", [(64, 16, 40, 50, 1), (30, 20, 200, 130, 2), (100, 8, 1, 33, 3)], ids=str
+)
+def test_a_training_step_takes_what_it_says(kind, sizes, dtype):
+    steps, batch, inputs, hidden, num_layers = sizes
+    layer = kind(inputs, hidden, num_layers, dropout=0.5, dtype=dtype, seed=0)
+    x = np.ones((steps, batch, inputs), dtype)
+    d_y = np.ones((steps, batch, hidden), dtype)
+    with threads(1):
+        layer.backward(layer.forward(x)[2], d_y)
+        gc.collect()
+        memory._give_up_idle()
+        tracemalloc.start()
+        try:
+            layer.backward(layer.forward(x)[2], d_y)
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert most == pytest.approx(layer.training_bytes(steps, batch), rel=0.05)
