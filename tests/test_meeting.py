@@ -107,8 +107,8 @@ def test_sampling_stops_on_bad_weights(shared):
 
 
 def test_shared_where_it_helps(met):
-    # One sequence of 128 units; few sequences of many units; else slices of the batch.
-    lstm = layers.LSTM(4, 128, seed=0)
+    # One sequence of 256 units; few sequences of many units; else slices of the batch.
+    lstm = layers.LSTM(4, 256, seed=0)
     wide = layers.LSTM(4, 520, seed=0)
     with threads(2):
         lstm(np.zeros((2, 1, 4), np.float32))
@@ -116,7 +116,7 @@ def test_shared_where_it_helps(met):
         assert met == [("forward_slice", 2)] * 2
         lstm(np.zeros((2, 2, 4), np.float32))
         wide(np.zeros((2, 64, 4), np.float32))
-        layers.LSTM(4, 64, seed=0)(np.zeros((2, 1, 4), np.float32))
+        layers.LSTM(4, 128, seed=0)(np.zeros((2, 1, 4), np.float32))
         assert len(met) == 2
 
 
