@@ -1,8 +1,9 @@
 """Times layers against their peers, two threads each, and writes what was found.
 
 Each contestant runs in a process of its own, rounds are interleaved, the figure of a contestant is
-the median over the rounds. It is timed only after its output and every gradient agree with the
-NumPy reference in float64. Of all peers the best one counts.
+the median over the rounds. It is timed only after its results agree with the NumPy reference in
+float64: outputs, every gradient, the first losses and norms of a training. Of what is drawn at
+random, the likeliest tokens are compared. Of all peers the best one counts.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--modes",
         type=_names(modes),
-        help=f"{','.join(modes)}; all, or of chosen cases training and inference",
+        help=f"{','.join(modes)}; all of them, or those that the chosen cases are for",
     )
     parser.add_argument(
         "--contestants",
@@ -91,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _belongs(case: str, mode: str) -> bool:
+    """Whether the case is one of the mode, or has no name and the mode is of one layer."""
+    if case in CASES:
+        return CASES[case] in MODES[mode]
+    return mode in ("training", "inference")
+
+
 def _line(entry: dict[str, Any]) -> str:
     ours = report.seconds(entry, "fastrnn")
     peer, theirs = report.best_peer(entry)
@@ -113,8 +121,12 @@ def main() -> int:
     if options.sweep:
         options.cases, options.contestants = list(SWEEP), [Contestant("fastrnn")]
         options.modes = ["training"]
+    cases_of = {mode: options.cases or [case.name for case in MODES[mode]] for mode in MODES}
     if options.modes is None:
-        options.modes = ["training", "inference"] if options.cases else list(MODES)
+        options.modes = list(MODES)
+        if options.cases:
+            cases_of = {mode: [c for c in options.cases if _belongs(c, mode)] for mode in MODES}
+            options.modes = [mode for mode in MODES if cases_of[mode]]
     pythons = dict(options.python)
     about = {
         "cpu": cpu(),
@@ -133,7 +145,7 @@ def main() -> int:
     )
     sizes = []
     for mode in options.modes:
-        for case in options.cases or [case.name for case in MODES[mode]]:
+        for case in cases_of[mode]:
             for cell in cells_of(mode, options.cells):
                 print(_line(race.run(mode, case, cell, options.dtype)), flush=True)
                 if options.memory:

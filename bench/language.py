@@ -19,7 +19,7 @@ from fastrnn.reference.linear import (
 from fastrnn.reference.loss import softmax_cross_entropy
 from fastrnn.reference.optim import adam
 
-# Steps whose losses are compared, Adam's rate, and the norm that gradients are clipped to.
+# Steps whose losses and norms are compared, the rate of Adam, and what norms are clipped to.
 STEPS, RATE, NORM = 3, 0.002, 0.25
 
 
@@ -45,6 +45,12 @@ def text(case: Case, cell: str, dtype: str) -> Text:
     params["head.weight"] *= 4
     tokens = random.integers(0, case.I, (case.T + 1, case.B)).astype(np.int32)
     return Text(params, tokens[:-1], tokens[1:])
+
+
+def seen(drawn: np.ndarray, case: Case) -> np.ndarray:
+    """What can be said of tokens that were drawn: (rows, columns, how many are none)."""
+    wrong = int(((drawn < 0) | (drawn >= case.I)).sum())
+    return np.array([*drawn.shape, wrong])
 
 
 class Model:
@@ -96,8 +102,8 @@ class Model:
         found = embedding_backward(self._part("embedding"), saved.pop(), d_y)
         return float(losses.mean()), grads | {"embedding.weight": found["weight"]}
 
-    def learn(self) -> Iterator[float]:
-        """Training: the loss before each step."""
+    def learn(self) -> Iterator[tuple[float, float]]:
+        """Training: loss and norm of the gradients of each step."""
         memory: dict[str, dict[str, Any]] = {key: {} for key in self.params}
         while True:
             loss, grads = self.gradients()
@@ -105,7 +111,7 @@ class Model:
             scale = min(1.0, NORM / norm)
             for key, g in grads.items():
                 self.params[key], memory[key] = adam(self.params[key], g * scale, memory[key], RATE)
-            yield loss
+            yield loss, norm
 
     def write(self) -> np.ndarray:
         """T tokens (T, B), each the likeliest, after the first row of the text."""

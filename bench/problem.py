@@ -10,7 +10,8 @@ import numpy as np
 from bench.cases import GATES, Case
 
 # Arrays by name: y (T, B, H); of training also d_x (T, B, I) and the gradients by PyTorch's keys;
-# the first losses of a language model that is trained, the tokens of one that writes.
+# the first losses and norms of a language model that is trained; of one that writes the likeliest
+# tokens, and the shape and range of those that are drawn.
 Answer = dict[str, Any]
 
 
@@ -57,14 +58,15 @@ def problem(case: Case, cell: str, dtype: str, mode: str = "training") -> Proble
 
 def solve(mode: str, case: Case, cell: str, dtype: str, given: Problem | None = None) -> Answer:
     """One step of the NumPy reference; of a language model that is trained, a few."""
-    from bench.language import STEPS, Model
+    from bench.language import STEPS, Model, seen
     from fastrnn.reference import CELLS
     from fastrnn.reference.linear import linear_backward, linear_forward
 
     if mode == "language":
-        return {"losses": np.array(list(itertools.islice(Model(case, cell, dtype).learn(), STEPS)))}
+        return {"steps": np.array(list(itertools.islice(Model(case, cell, dtype).learn(), STEPS)))}
     if mode == "sampling":
-        return {"tokens": Model(case, cell, dtype).write()}
+        written = Model(case, cell, dtype).write()
+        return {"tokens": written, "drawn": seen(written, case)}
     given = given or problem(case, cell, dtype, mode)
     if mode == "projection":
         y, saved = linear_forward(given.params, given.x)

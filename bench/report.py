@@ -118,14 +118,16 @@ def markdown(record: dict[str, Any], plots: list[str]) -> str:
                 times = [f"{known[name]:.2f}" if name in known else "" for name in options]
                 lines.append(f"| {entry['case']} | {entry['cell']} | {' | '.join(times)} |")
             lines.append("")
-    missing = {
-        (name, found["missing"])
-        for entry in results
-        for name, found in entry["contestants"].items()
-        if "missing" in found
-    }
+    missing: dict[str, list[str]] = {}
+    for entry in results:
+        for name, found in entry["contestants"].items():
+            if "missing" in found:
+                where = f"{entry['mode']} {entry['case']} {entry['cell']}"
+                missing.setdefault(f"- {name}: {found['missing']}", []).append(where)
     if missing:
-        lines += ["## Missing", "", *(f"- {name}: {why}" for name, why in sorted(missing)), ""]
+        lines += ["## Missing", ""]
+        lines += [f"{what} ({', '.join(where)})" for what, where in sorted(missing.items())]
+        lines.append("")
     if "memory" in record:
         lines += ["## Memory", "", "MB that a process takes at most for a step; in brackets beyond"]
         lines += ["what it had before the case was set up.", ""]

@@ -60,6 +60,11 @@ class Process:
             line = ""
         return json.loads(line) if line else {"failed": "the process has ended"}
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is there no more."""
+        return self._process.poll() is not None
+
     def end(self) -> None:
         """Close it and wait."""
         assert self._process.stdin is not None
@@ -121,13 +126,17 @@ class Race:
         self.results: list[dict[str, Any]] = []
         self.failures = 0
         self._machine = Process("bench.machine", sys.executable, threads)
-        self._processes = {one: _start(one, pythons, threads) for one in contestants}
+        self._how = pythons, threads
+        self._processes = {one: _start(one, *self._how) for one in contestants}
 
     def run(self, mode: str, case: str, cell: str, dtype: str) -> dict[str, Any]:
         """One case; for each contestant seconds, a median a round, or why it is missing."""
         found: dict[Contestant, dict[str, Any]] = {}
         with _right_answer(mode, case, cell) as wanted:
             for one, process in self._processes.items():
+                if process.ended:
+                    process.end()
+                    process = self._processes[one] = _start(one, *self._how)
                 own = one.dtype or dtype
                 answer = process.ask(
                     do="set", mode=mode, case=case, cell=cell, dtype=own, wanted=wanted
@@ -193,7 +202,8 @@ def start(
         tempfile.TemporaryDirectory() as cache,
     ):
         cold = {"fastrnn (cold)": Contestant("fastrnn")}
-        for name, one in (cold | {str(one): one for one in contestants}).items():
+        plain = {str(one): one for one in contestants if not one.option}
+        for name, one in (cold | plain).items():
             process = _start(one, pythons, threads, NUMBA_CACHE_DIR=cache)
             answer = process.ask(
                 do="set", mode="training", case="small", cell="lstm", dtype="float32", wanted=wanted

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CASES, CELLS
+from bench.cases import CELLS, GRID
 from bench.peers import fastrnn
 from fastrnn.parallel import get_num_threads
 
 pytest.importorskip("pytest_benchmark")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", GRID, ids=lambda case: case.name)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_speed(benchmark, mode, cell, case):
-    step, _ = getattr(fastrnn, mode)(CASES[case], cell, "float32", get_num_threads())
+    step, _ = getattr(fastrnn, mode)(case, cell, "float32", get_num_threads())
     step()
     benchmark(step)

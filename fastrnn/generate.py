@@ -212,7 +212,7 @@ def generate(
     keys = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     layers = [[rnn.params[f"{key}_l{i}"] for key in keys] for i in range(model.num_layers)]
     hidden = model.hidden_size
-    parts = parts_of_units(cell, batch, hidden, dtype)
+    parts = parts_of_units(cell, length, batch, hidden, dtype)
     apart = parts > 1
     vectors = None
     # Either way gives the same bits.

@@ -230,7 +230,7 @@ class _Recurrent(Module):
         tokens = x.dtype == np.int32
         work = steps * batch * cell.gates * hidden * (size + (0 if tokens else weight_x.shape[1]))
         row = cell.tape * hidden
-        meet = parts_of_units(cell, batch, size, dtype)
+        meet = parts_of_units(cell, steps, batch, size, dtype)
         if meet > 1:
             rows, columns = batch, row // meet
         else:
@@ -264,6 +264,8 @@ class _Recurrent(Module):
 
     def training_bytes(self, steps: int, batch: int) -> int:
         """Bytes that `forward` and `backward` take at most, for features of (steps, batch, I).
+
+        To a few per cent where there are many steps: arrays of the size of a state are not counted.
 
         Beside x, d_output and `params`: what the layers save (see `Saved.nbytes`) and the dropped
         out copies between them; the gradients of all parameters; and, kept from step to step, the
@@ -368,7 +370,7 @@ class _Recurrent(Module):
         work = steps * batch * cell.gates * hidden * size
         packed = pack(weight_h, cell.order_h, hidden)
         arguments = (cell, cell.tail, d_y, packed, s.h, s.carry, s.tape, d_h, d_carry)
-        meet = parts_of_units(cell, batch, size, dtype)
+        meet = parts_of_units(cell, steps, batch, size, dtype)
         if meet > 1:
             together(recurrence.backward_slice, meet, *arguments)
         else:

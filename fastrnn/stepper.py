@@ -87,7 +87,7 @@ def bind(
     # All begin on a register boundary: they are whole registers.
     weights = empty(end, pieces[0].dtype)
     np.concatenate(pieces, out=weights)
-    return Bound(weights, np.array(places))
+    return Bound(weights, np.array(places, np.int64))
 
 
 @helper
@@ -230,17 +230,28 @@ class Stepper:
         keys = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         layers = [[layer.params.get(f"{k}_l{i}") for k in keys] for i in range(layer.num_layers)]
         bound = bind(cell, layers, self._tokens)
-        # Of a table of tokens a sequence reads one row.
-        table = layer.params["weight_ih_l0"].size if self._tokens else 0
-        self._work = self._count * (bound.weights.size - table)
-        # The arrays must not be let go while their addresses are in use.
-        self._bound = bound
+        self._use(bound)
+
+    def _use(self, bound: Bound) -> None:
         arrays = (*bound, self._h, self._carry, self._s)
         sizes = (bound.weights.size, *self._h.shape, self._carry.shape[2])
-        self._where = np.array([*(array.ctypes.data for array in arrays), *sizes])
-        example = (cell, self._where, self._no_x, self._no_tokens, self._no_x)
+        where = np.array([*(array.ctypes.data for array in arrays), *sizes], np.int64)
+        example = (0, 1, self._layer.cell, where, self._no_x, self._no_tokens, self._no_x)
         # The compiled function itself: nothing is looked up in a call.
-        self._kernel = _step.compile(tuple(numba.typeof(a) for a in (0, 1, *example)))
+        compiled = _step.compile(tuple(numba.typeof(argument) for argument in example))
+        # Of a table of tokens a sequence reads one row.
+        table = self._layer.params["weight_ih_l0"].size if self._tokens else 0
+        work = self._count * (bound.weights.size - table)
+        # At once, since an interrupt must not part addresses from the arrays that they are of.
+        self._ready = (compiled, where, work, bound)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has arrays of its own, and so other addresses.
+        return {**vars(self), "_ready": self._ready[3]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._use(state["_ready"])
 
     def __call__(self, x: Any, out: np.ndarray | None = None) -> np.ndarray:
         """One step; see the class."""
@@ -267,11 +278,12 @@ class Stepper:
         elif x.ndim > 1:
             x = x.reshape(-1)
         flat = out if self._unbatched else out.reshape(-1)
-        parts = 1 if self._count == 1 else parts_for(self._work, self._count)
+        compiled, where, work, _ = self._ready
+        parts = 1 if self._count == 1 else parts_for(work, self._count)
         if parts == 1:
-            self._kernel(0, 1, self._cell, self._where, x, tokens, flat)
+            compiled(0, 1, self._cell, where, x, tokens, flat)
         else:
-            run(_step, parts, self._cell, self._where, x, tokens, flat)
+            run(_step, parts, self._cell, where, x, tokens, flat)
         return out
 
     def _checked(self, x: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastrnn.gemm import multiply
 from fastrnn.jit import helper
-from fastrnn.parallel import get_num_threads
+from fastrnn.parallel import get_num_threads, parts_for
 from fastrnn.simd import at, lanes
 from fastrnn.tile import COLS
 
@@ -21,7 +21,7 @@ _LARGE = 1 << 20
 _FEW = 12
 
 
-def parts_of_units(cell: Any, batch: int, size: int, dtype: Any) -> int:
+def parts_of_units(cell: Any, steps: int, batch: int, size: int, dtype: Any) -> int:
     """How many threads are to share the units of a step, rather than the sequences: if above 1.
 
     They do where there are fewer sequences than threads, and where weights that do not stay in the
@@ -34,7 +34,7 @@ def parts_of_units(cell: Any, batch: int, size: int, dtype: Any) -> int:
     few = weights * dtype.itemsize > _LARGE and batch < _FEW * threads
     if batch * weights < _SHARED or parts < min(threads, batch) or not (batch < threads or few):
         return 1
-    return parts
+    return parts_for(steps * batch * weights, parts)
 
 
 @helper

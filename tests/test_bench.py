@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -49,13 +50,13 @@ def test_the_gate_sees_every_array(mode, cell, spoil):
 
 def test_the_gate_of_a_language_model_sees_the_optimiser():
     model = Model(TINY, "gru", "float64")
-    losses = []
-    for loss in model.learn():
-        losses.append(loss)
-        if len(losses) == 3:
+    steps = []
+    for step in model.learn():
+        steps.append(step)
+        if len(steps) == 3:
             break
         model.params["head.bias"] = model.params["head.bias"] * 1.01
-    assert error({"losses": losses}, solve("language", TINY, "gru", "float64")) > GATE["float32"]
+    assert error({"steps": steps}, solve("language", TINY, "gru", "float64")) > GATE["float32"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -66,9 +67,9 @@ def test_contestants_pass_the_gate(name, mode):
     module = importlib.import_module(f"bench.peers.{name}")
     if not hasattr(module, mode):
         pytest.skip(f"{name} has no {mode}")
-    case = Case("tiny", 3, 1 if mode == "stepping" else 2, 4, 5, 1)
-    for cell in CELLS:
-        for dtype in GATE:
+    for batch, layers in ((1, 1), (2, 2 if mode in ("language", "sampling") else 1)):
+        case = Case("tiny", 3, batch, 4, 5, layers)
+        for cell, dtype in itertools.product(CELLS, GATE):
             step, read = getattr(module, mode)(case, cell, dtype, 1)
             assert error(read(step()), solve(mode, case, cell, "float64")) <= GATE[dtype]
 
@@ -77,13 +78,14 @@ def test_a_contestant_may_have_an_option():
     assert contestant("torch") == ("torch", "")
     assert contestant("fastrnn:1").threads == 1
     assert contestant("fastrnn:float64").dtype == "float64"
-    assert contestant("fastrnn:haswell").environment == {"NUMBA_CPU_NAME": "haswell"}
+    assert contestant("fastrnn:haswell").environment["NUMBA_CPU_NAME"] == "haswell"
     assert contestant("torch:busy").busy
     for text in ("torch", "fastrnn:1", "fastrnn:float64", "torch:busy"):
         assert contestant(text).environment == {}
         assert str(contestant(text)) == text
-    with pytest.raises(ValueError, match="torsh"):
-        contestant("torsh:1")
+    for text in ("torsh:1", "torch:haswell", "fastrnn:0", "fastrnn:flaot64"):
+        with pytest.raises(ValueError, match=text.split(":")[text[:5] != "torsh"]):
+            contestant(text)
 
 
 def test_a_process_that_is_dead_says_so_and_can_be_ended():
@@ -120,7 +122,7 @@ def test_ratios_and_shares():
     assert report.ratio(alone) is None
     text = report.markdown({"about": {"cpu": "x"}, "results": [one, alone]}, ["plot.svg"])
     assert "| small | lstm | 2.00 | 1.00 |" in text
-    assert "- onnx: inference only" in text
+    assert "- onnx: inference only (training small lstm, training small lstm)" in text
 
 
 def test_a_run_writes_what_it_found(tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+
 import numpy as np
 import pytest
 
 import fastrnn
 import fastrnn.stepper
+from fastrnn import memory
 from fastrnn.simd import lanes
 
 LAYERS = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}
@@ -59,6 +63,49 @@ def test_threads_do_not_matter(kind, rng, threads):
     two = layer.stepper(40)
     for v, y in zip(x, wanted, strict=True):
         same(two(v), y)
+
+
+@each_layer
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_goes_its_own_way(kind, copied, rng):
+    layer = kind(3, 17, seed=0)
+    x = rng.standard_normal((3, 3)).astype("f4")
+    wanted, _ = layer(x)
+    stepper = layer.stepper()
+    same(stepper(x[0]), wanted[0])
+    other = copied(stepper)
+    same(other(x[1]), wanted[1])
+    if copied is copy.copy:  # it has the same state, as a shallow copy has
+        same(stepper(x[2]), wanted[2])
+        return
+    same(stepper(x[1]), wanted[1])
+    for p in layer.params.values():
+        p[...] = 0
+    stepper.refresh()
+    del stepper
+    gc.collect()
+    same(other(x[2]), wanted[2])
+
+
+def test_an_interrupted_refresh_changes_nothing(rng, monkeypatch):
+    layer = fastrnn.LSTM(30, 70, seed=0)
+    x = rng.standard_normal((2, 30)).astype("f4")
+    wanted, _ = layer(x)
+    stepper = layer.stepper()
+    same(stepper(x[0]), wanted[0])
+    for p in layer.params.values():
+        p[...] = 0
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastrnn.stepper._step, "compile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stepper.refresh()
+    # What would take the place of memory that was let go.
+    taken = [memory.empty(size, np.float32) for size in range(10_000, 40_000, 16)]
+    same(stepper(x[1]), wanted[1])
+    del taken
 
 
 def test_out_is_all_that_is_written(rng):

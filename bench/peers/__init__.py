@@ -17,13 +17,15 @@ class Missing(Exception):
 
 NAMES = ("fastrnn", "torch", "jax", "keras", "onnx", "numpy")
 DTYPES = ("float32", "float64")
+# CPUs whose instructions ours is held to on request.
+CPUS = ("x86-64", "haswell")
 
 
 class Contestant(NamedTuple):
     """One of NAMES, and how it runs if not as the others do: fastrnn:1, torch:busy.
 
     option  a number of threads; a dtype; busy: beside another process that keeps one processor
-            busy; or a CPU that code is generated for, as NUMBA_CPU_NAME
+            busy; or, of fastrnn, one of CPUS: no other instructions are used
     """
 
     name: str
@@ -46,8 +48,10 @@ class Contestant(NamedTuple):
 
     @property
     def environment(self) -> dict[str, str]:
-        known = not self.option or self.busy or self.dtype or self.threads
-        return {} if known else {"NUMBA_CPU_NAME": self.option}
+        if self.option not in CPUS:
+            return {}
+        # Without the second, LLVM goes on using what this machine has beyond that CPU.
+        return {"NUMBA_CPU_NAME": self.option, "NUMBA_CPU_FEATURES": ""}
 
 
 def contestant(text: str) -> Contestant:
@@ -55,4 +59,11 @@ def contestant(text: str) -> Contestant:
     name, _, option = text.partition(":")
     if name not in NAMES:
         raise ValueError(f"contestant: expected one of {', '.join(NAMES)}, got {name!r}")
+    options = (*DTYPES, "busy", *(CPUS if name == "fastrnn" else ()))
+    threads = option.isdecimal() and int(option) > 0
+    if option and not threads and option not in options:
+        raise ValueError(
+            f"contestant: expected {name}: a number of threads or one of {', '.join(options)}, "
+            f"got {option!r}"
+        )
     return Contestant(name, option)

@@ -9,7 +9,7 @@ import numpy as np
 
 import fastrnn
 from bench.cases import Case
-from bench.language import NORM, RATE, STEPS, Text, text
+from bench.language import NORM, RATE, STEPS, Text, seen, text
 from bench.problem import Answer, Problem, problem
 from fastrnn.clip import clip_grad_norm_
 from fastrnn.generate import generate
@@ -45,11 +45,11 @@ def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
 def stepping(case: Case, cell: str, dtype: str, threads: int) -> Any:
     """A stepper, which writes into an array that is there."""
     layer, given = _layer(case, cell, dtype, threads)
-    stepper = layer.stepper()
-    x = list(given.x[:, 0])
+    one = case.B == 1
+    stepper = layer.stepper(None if one else case.B)
     zero = stepper.state
-    y = np.empty((case.T, 1, case.H), dtype)
-    rows = list(y[:, 0])
+    y = np.empty((case.T, case.B, case.H), dtype)
+    x, rows = (list(array[:, 0] if one else array) for array in (given.x, y))
 
     def step() -> np.ndarray:
         stepper.state = zero
@@ -81,15 +81,15 @@ def language(case: Case, cell: str, dtype: str, threads: int) -> Any:
     adam = fastrnn.optim.Adam(model.params, lr=RATE)
     grads = {key: np.zeros_like(value) for key, value in model.params.items()}
 
-    def step() -> float:
+    def step() -> tuple[float, float]:
         for g in grads.values():
             g.fill(0)
         loss, _, _ = model.loss_and_grads(tokens, targets, grads=grads)
-        clip_grad_norm_(grads, NORM)
+        norm = clip_grad_norm_(grads, NORM)
         adam.step(grads)
-        return loss
+        return loss, norm
 
-    return step, lambda loss: {"losses": [loss, *(step() for _ in range(STEPS - 1))]}
+    return step, lambda first: {"steps": [first, *(step() for _ in range(STEPS - 1))]}
 
 
 def sampling(case: Case, cell: str, dtype: str, threads: int) -> Any:
@@ -98,9 +98,9 @@ def sampling(case: Case, cell: str, dtype: str, threads: int) -> Any:
     prompt = given.tokens[:1]
     seeds = itertools.count()
 
-    def read(_: Any) -> Answer:
+    def read(drawn: list) -> Answer:
         written = generate(model, prompt, case.T, greedy=True)
-        return {"tokens": np.stack(written, axis=1)}
+        return {"tokens": np.stack(written, axis=1), "drawn": seen(np.stack(drawn, axis=1), case)}
 
     return lambda: generate(model, prompt, case.T, seed=next(seeds)), read
 

@@ -25,9 +25,9 @@ projection = _solved("projection")
 
 def language(case: Case, cell: str, dtype: str, threads: int) -> Any:
     """The reference's parts, optimiser and all."""
-    losses = Model(case, cell, dtype).learn()
+    steps = Model(case, cell, dtype).learn()
 
-    def read(loss: float) -> Any:
-        return {"losses": [loss, *itertools.islice(losses, STEPS - 1)]}
+    def read(first: tuple[float, float]) -> Any:
+        return {"steps": [first, *itertools.islice(steps, STEPS - 1)]}
 
-    return lambda: next(losses), read
+    return lambda: next(steps), read

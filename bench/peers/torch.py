@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bench.cases import Case
-from bench.language import NORM, RATE, STEPS, text
+from bench.language import NORM, RATE, STEPS, seen, text
 from bench.problem import Answer, Problem, problem
 
 _KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
@@ -80,7 +80,7 @@ def stepping(case: Case, cell: str, dtype: str, threads: int) -> Any:
     given = problem(case, cell, dtype)
     params = {key.removesuffix("_l0"): value for key, value in given.params.items()}
     layer = _load(_CELLS[cell](case.I, case.H), params, dtype)
-    x = torch.from_numpy(given.x)
+    x = torch.from_numpy(given.x).unbind()
 
     @torch.inference_mode()
     def step() -> list:
@@ -115,35 +115,48 @@ def language(case: Case, cell: str, dtype: str, threads: int) -> Any:
     tokens = torch.from_numpy(given.tokens).long()
     targets = torch.from_numpy(given.targets).long().reshape(-1)
 
-    def step() -> float:
+    def step() -> tuple[float, float]:
         adam.zero_grad()
         logits, _ = model(tokens)
         loss = nn.functional.cross_entropy(logits.reshape(-1, case.I), targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), NORM)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), NORM)
         adam.step()
-        return loss.item()
+        return loss.item(), norm.item()
 
-    return step, lambda loss: {"losses": [loss, *(step() for _ in range(STEPS - 1))]}
+    return step, lambda first: {"steps": [first, *(step() for _ in range(STEPS - 1))]}
 
 
 def sampling(case: Case, cell: str, dtype: str, threads: int) -> Any:
-    """A loop of single steps, softmax and multinomial; what is compared is greedy."""
+    """A loop of single steps of cells, softmax and multinomial; what is compared is greedy."""
     torch.set_num_threads(threads)
     given = text(case, cell, dtype)
     model = _load(_Model(case, cell), given.params, dtype)
-    prompt = torch.from_numpy(given.tokens[:1]).long()
+    cells = []
+    for layer in range(case.layers):
+        end = f"_l{layer}"
+        of_layer = {key: p for key, p in given.params.items() if key.endswith(end)}
+        names = {key.removeprefix("rnn.").removesuffix(end): p for key, p in of_layer.items()}
+        cells.append(_load(_CELLS[cell](case.H, case.H), names, dtype))
+    prompt = torch.from_numpy(given.tokens[0]).long()
 
     @torch.inference_mode()
     def write(greedy: bool) -> Any:
-        tokens, state, written = prompt, None, []
+        tokens, states, written = prompt, [None] * case.layers, []
         for _ in range(case.T):
-            logits, state = model(tokens, state)
+            x = model.embedding(tokens)
+            for layer, one in enumerate(cells):
+                states[layer] = one(x, states[layer])
+                x = states[layer][0] if cell == "lstm" else states[layer]
+            logits = model.head(x)
             if greedy:
-                tokens = logits.argmax(dim=2)
+                tokens = logits.argmax(dim=1)
             else:
-                tokens = torch.multinomial(torch.softmax(logits[0], dim=1), 1).T
-            written.append(tokens[0])
+                tokens = torch.multinomial(torch.softmax(logits, dim=1), 1)[:, 0]
+            written.append(tokens)
         return torch.stack(written)
 
-    return lambda: write(False), lambda _: {"tokens": write(True)}
+    def read(drawn: Any) -> Answer:
+        return {"tokens": write(True), "drawn": seen(drawn.numpy(), case)}
+
+    return lambda: write(False), read
