@@ -108,7 +108,8 @@ class Model:
         while True:
             loss, grads = self.gradients()
             norm = sum(float((g.astype("f8") ** 2).sum()) for g in grads.values()) ** 0.5
-            scale = min(1.0, NORM / norm)
+            # With PyTorch's guard against a norm of zero.
+            scale = min(1.0, NORM / (norm + 1e-6))
             for key, g in grads.items():
                 self.params[key], memory[key] = adam(self.params[key], g * scale, memory[key], RATE)
             yield loss, norm
