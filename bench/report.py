@@ -185,11 +185,25 @@ def _lines(axis: Any, results: list[dict[str, Any]], size: str) -> None:
         for entry in results:
             case = find(entry["case"])
             taken = seconds(entry, "fastrnn")
-            if taken and all(getattr(case, k) == v for k, v in usual.items() if k != size):
+            if entry["cell"] != cell or not taken:
+                continue
+            if all(getattr(case, k) == v for k, v in usual.items() if k != size):
                 points[getattr(case, size)] = taken / case.T / case.B * 1e6
         sizes = sorted(points)
         axis.plot(sizes, [points[n] for n in sizes], marker="o", label=cell.upper())
-    axis.set(xscale="log", yscale="log", xlabel=size, ylabel="microseconds of a token")
+        axis.set(xscale="log", yscale="log", xlabel=size, ylabel="microseconds of a token")
+        axis.set_xticks(sizes, sizes)
+    axis.minorticks_off()
+    _plain_numbers(axis)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """1, 2, 3 and 5 times a power of ten, written out."""
+    from matplotlib import ticker
+
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def draw(folder: Path, stem: str, record: dict[str, Any]) -> list[str]:
@@ -226,6 +240,7 @@ def draw(folder: Path, stem: str, record: dict[str, Any]) -> list[str]:
             _bars(axis, chosen, ratio)
             axis.axhline(1, color="black", linewidth=0.8)
             axis.set(title=f"{mode}: times faster than the best peer", yscale="log")
+            _plain_numbers(axis)
             axis.legend()
             save(figure, f"{mode}-ratio")
         figure, axis = pyplot.subplots(figsize=(9, 3.6))
