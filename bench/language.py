@@ -31,17 +31,25 @@ class Text(NamedTuple):
     targets: np.ndarray
 
 
-def text(case: Case, cell: str, dtype: str) -> Text:
-    """The same numbers for everyone."""
-    random = np.random.default_rng(0)
+def weights(
+    case: Case, cell: str, dtype: str, random: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Uniform as PyTorch's layers start, the embedding with a variance of 1."""
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (case.I, case.H)}
     for layer in range(case.layers):
         found = layer_shapes(case, cell, layer, case.H)
         shapes |= {f"rnn.{key}": shape for key, shape in found.items()}
     shapes |= {"head.weight": (case.I, case.H), "head.bias": (case.I,)}
     params = draw(random, shapes, case.H**-0.5, dtype)
-    # An embedding as PyTorch's starts, and a head that tells its tokens apart.
     params["embedding.weight"] *= (3 * case.H) ** 0.5
+    return params
+
+
+def text(case: Case, cell: str, dtype: str) -> Text:
+    """The same numbers for everyone."""
+    random = np.random.default_rng(0)
+    params = weights(case, cell, dtype, random)
+    # A head that tells its tokens apart.
     params["head.weight"] *= 4
     tokens = random.integers(0, case.I, (case.T + 1, case.B)).astype(np.int32)
     return Text(params, tokens[:-1], tokens[1:])

@@ -100,7 +100,10 @@ def _busy(wanted: bool) -> Iterator[None]:
         other.wait()
 
 
-def _start(contestant: Contestant, pythons: dict[str, str], threads: int, **more: str) -> Process:
+def start_worker(
+    contestant: Contestant, pythons: dict[str, str], threads: int, **more: str
+) -> Process:
+    """A process of the contestant's own."""
     return Process(
         f"bench.peers.{contestant.name}",
         pythons.get(contestant.name, sys.executable),
@@ -127,7 +130,7 @@ class Race:
         self.failures = 0
         self._machine = Process("bench.machine", sys.executable, threads)
         self._how = pythons, threads
-        self._processes = {one: _start(one, *self._how) for one in contestants}
+        self._processes = {one: start_worker(one, *self._how) for one in contestants}
 
     def run(self, mode: str, case: str, cell: str, dtype: str) -> dict[str, Any]:
         """One case; for each contestant seconds, a median a round, or why it is missing."""
@@ -136,7 +139,7 @@ class Race:
             for one, process in self._processes.items():
                 if process.ended:
                     process.end()
-                    process = self._processes[one] = _start(one, *self._how)
+                    process = self._processes[one] = start_worker(one, *self._how)
                 own = one.dtype or dtype
                 answer = process.ask(
                     do="set", mode=mode, case=case, cell=cell, dtype=own, wanted=wanted
@@ -204,7 +207,7 @@ def start(
         cold = {"fastrnn (cold)": Contestant("fastrnn")}
         plain = {str(one): one for one in contestants if not one.option}
         for name, one in (cold | plain).items():
-            process = _start(one, pythons, threads, NUMBA_CACHE_DIR=cache)
+            process = start_worker(one, pythons, threads, NUMBA_CACHE_DIR=cache)
             answer = process.ask(
                 do="set", mode="training", case="small", cell="lstm", dtype="float32", wanted=wanted
             )
@@ -220,7 +223,7 @@ def memory(
     """Resident bytes of a fresh process each, before the work is set up and at most; Linux only."""
     found = {}
     for one in contestants:
-        process = _start(one, pythons, threads)
+        process = start_worker(one, pythons, threads)
         answer = process.ask(do="memory", **(work | ({"dtype": one.dtype} if one.dtype else {})))
         process.end()
         if "failed" not in answer:

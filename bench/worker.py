@@ -4,6 +4,9 @@
 {"do": "time", seconds}                          steps for so long, each timed
 {"do": "memory", mode, case, cell, dtype}        bytes that setting up and steps take at most
 {"do": "limits", seconds, dtype}                 of the machine (`bench.machine`)
+{"do": "begin", case, cell, path, size, **more}  a language model learns a text (`bench.loss`)
+{"do": "learn", steps, rate}                     timed; the mean loss
+{"do": "validate"}                               the loss on the text's end
 """
 
 from __future__ import annotations
@@ -42,6 +45,9 @@ class Worker:
         self.module = importlib.import_module(name)
         self.importing = time.perf_counter() - start
         self.step: Any = None
+        self.learner: Any = None
+        self.windows: Any = None
+        self.kept: Any = None
 
     def set(self, mode: str, case: str, cell: str, dtype: str, wanted: str) -> dict[str, Any]:
         """Set up a case, compare it with what is right."""
@@ -93,6 +99,41 @@ class Worker:
             self.step()
             times.append(time.perf_counter() - start)
         return {"times": times}
+
+    def begin(self, case: str, cell: str, path: str, size: int, **more: float) -> dict[str, Any]:
+        """Set up the model, read the text; compile with a step of another model."""
+        with np.load(path) as file:
+            params = dict(file)
+        train, self.kept = params.pop("train"), params.pop("kept")
+        sizes = find(case)._replace(I=size)
+        learner = self.module.Learner
+        copies = {key: value.copy() for key, value in params.items()}
+        learner(sizes, cell, copies, threads=self.threads, **more).learn(train[:2], train[1:3])
+        self.learner = learner(sizes, cell, params, threads=self.threads, **more)
+        self.windows = self._windows(train, sizes.T)
+        return {}
+
+    def _windows(self, train: np.ndarray, length: int) -> Any:
+        """Over and over: each (tokens, targets); the state begins anew with the text."""
+        while True:
+            self.learner.state = None
+            for start in range(0, len(train) - length, length):
+                yield train[start : start + length], train[start + 1 : start + length + 1]
+
+    def learn(self, steps: int, rate: float) -> dict[str, Any]:
+        """Steps of training."""
+        self.learner.set_rate(rate)
+        total = seconds = 0.0
+        for _ in range(steps):
+            tokens, targets = next(self.windows)
+            start = time.perf_counter()
+            total += self.learner.learn(tokens, targets)[0]
+            seconds += time.perf_counter() - start
+        return {"seconds": seconds, "loss": total / steps}
+
+    def validate(self) -> dict[str, Any]:
+        """The loss on what was kept."""
+        return {"loss": self.learner.loss(self.kept[:-1], self.kept[1:])}
 
     def limits(self, seconds: float, dtype: str) -> dict[str, Any]:
         """The machine's."""

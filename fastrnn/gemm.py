@@ -126,6 +126,7 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
                         tile(
                             rows, cols, last, depth, first, a_row, 1 if turn < asking else 0, panel,
                             at(ahead, turn * depth * line), start, start_row, into, c_row,
+                            at(into, rows * c_row if q < tiles - 1 else 0),
                         )  # fmt: skip
 
 
@@ -241,8 +242,9 @@ def _add_products(strips, first, end, blocks, size, depth, order, panel, m, out)
                 rows = height * (q + 1) // tiles - top
                 c = at(out, (order[run] * size + inside * w + top) * m + left)
                 tile_of_strip(
-                    rows, cols, last, depth, at(strip, top), at(panel, left * depth), c, m, c, m
-                )
+                    rows, cols, last, depth, at(strip, top), at(panel, left * depth), c, m, c, m,
+                    at(c, rows * m),
+                )  # fmt: skip
             block += take
             strip = at(strip, RUN * STRIP * w)
 

@@ -4,8 +4,8 @@ Each element is one chain of multiply-adds in the order of k. The loop is writte
 at a time with constant distances, so that little is left in it but loads and multiply-adds: where
 two programs share a core, it is the number of instructions that counts.
 
-Where panels lie beyond the second-level cache, the next one is asked for on the way, a line at each
-link.
+A tile asks on the way for what comes after it, a line at each link: for the next panel where panels
+lie beyond the second-level cache, else for the rows of C that are next.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def _tile(of_strip):
 
     A[row, k] is at a[row*a_row + k], of a strip at a[k*STRIP*lanes + row]. `last` lanes of the last
     register of columns exist in init and C. Distances are in elements. If `fetch` is 1, not 0,
-    there are COLS registers of columns, and each link asks for a line from `ahead` on.
+    there are COLS registers of columns, and each link asks for a line from `ahead` on; else, with
+    as many columns, the first links ask for a block of C at `below`.
     """
     shapes = [(0, height, width) for height in range(1, ROWS + 1) for width in range(1, COLS + 1)]
     if not of_strip:
@@ -49,13 +50,15 @@ def _tile(of_strip):
 
     @intrinsic
     def tile(
-        typingctx, rows, cols, last, depth, a, a_row, fetch, p, ahead, init, init_row, c, c_row
-    ):
+        typingctx, rows, cols, last, depth, a, a_row, fetch, p, ahead, init, init_row, c, c_row,
+        below,
+    ):  # fmt: skip
         vec = Vec(c.dtype)
         i = types.intp
 
         def codegen(context, builder, sig, args):
-            rows, cols, last, depth, a, a_row, fetch, p, ahead, init, init_row, c, c_row = args
+            rows, cols, last, depth, a, a_row, fetch, p, ahead, *rest = args
+            init, init_row, c, c_row, below = rest
             number = rows.type
             line = LINE * 8 // vec.dtype.bitwidth
             mask = first_lanes(builder, vec, last)
@@ -69,8 +72,11 @@ def _tile(of_strip):
                 offset = builder.add(builder.mul(distance, number(times)), number(plus))
                 return builder.gep(pointer, [offset])
 
-            def loop(count, links, fetch, width, lines, p, ahead, sums):
-                """`count` times `links` links of every chain; all pointers and sums move on."""
+            def loop(count, links, step, width, lines, p, ahead, sums):
+                """`count` times `links` links of every chain; all pointers and sums move on.
+
+                With a step each turn asks for `links` lines, `step` after those of the last.
+                """
                 before = builder.block
                 body = builder.append_basic_block("tile.loop")
                 end = builder.append_basic_block("tile.end")
@@ -80,8 +86,7 @@ def _tile(of_strip):
                 phis = [builder.phi(value.type) for value in state]
                 turn, p, ahead, *rest = phis
                 lines, sums = rest[: len(lines)], rest[len(lines) :]
-                fetched = links * line if fetch else 0
-                for offset in range(0, fetched, line):
+                for offset in range(0, links * line if step is not None else 0, line):
                     prefetch(builder, builder.gep(ahead, [number(offset)]))
                 for link in range(links):
                     at = link * width * vec.lanes
@@ -98,7 +103,8 @@ def _tile(of_strip):
                             sums[at] = multiply_add(builder, vec, x, panel[col], sums[at])
                 turn = builder.add(turn, number(1))
                 p = builder.gep(p, [number(links * width * vec.lanes)])
-                ahead = builder.gep(ahead, [number(fetched)])
+                if step is not None:
+                    ahead = builder.gep(ahead, [step])
                 lines = [builder.gep(at, [number(links * along)]) for at in lines]
                 after = [turn, p, ahead, *lines, *sums]
                 for phi, first, next_one in zip(phis, state, after, strict=True):
@@ -125,9 +131,19 @@ def _tile(of_strip):
                         else:
                             sums.append(read_masked(builder, vec, source, mask))
                 lines = [a] if of_strip else [move(a, a_row, row) for row in range(height)]
+                turns = builder.sdiv(depth, number(LINKS))
+                rest = builder.srem(depth, number(LINKS))
                 state = lines, p, ahead, sums
-                state = loop(builder.sdiv(depth, number(LINKS)), LINKS, fetch, width, *state)
-                state = loop(builder.srem(depth, number(LINKS)), 1, fetch, width, *state)
+                step = number(LINKS * line) if fetch else None
+                if width == COLS and not fetch:
+                    first = builder.select(
+                        builder.icmp_signed("<", turns, number(height)), turns, number(height)
+                    )
+                    lines, p_next, _, sums = loop(first, LINKS, c_row, width, lines, p, below, sums)
+                    state = lines, p_next, ahead, sums
+                    turns = builder.sub(turns, first)
+                state = loop(turns, LINKS, step, width, *state)
+                state = loop(rest, 1, number(line) if fetch else None, width, *state)
                 for at, value in enumerate(state[3]):
                     row, col = divmod(at, width)
                     target = move(c, c_row, row, col * vec.lanes)
@@ -146,7 +162,7 @@ def _tile(of_strip):
             builder.position_at_end(done)
             return context.get_dummy_value()
 
-        return types.void(i, i, i, i, a, i, i, p, ahead, init, i, c, i), codegen
+        return types.void(i, i, i, i, a, i, i, p, ahead, init, i, c, i, below), codegen
 
     return tile
 
@@ -157,24 +173,24 @@ _of_strip = _tile(of_strip=True)
 
 def _by_rows(dtype):
     i, p = types.intp, types.CPointer(dtype)
-    return types.void(i, i, i, i, p, i, i, p, p, p, i, p, i)
+    return types.void(i, i, i, i, p, i, i, p, p, p, i, p, i, p)
 
 
 def _by_strip(dtype):
     i, p = types.intp, types.CPointer(dtype)
-    return types.void(i, i, i, i, p, p, p, i, p, i)
+    return types.void(i, i, i, i, p, p, p, i, p, i, p)
 
 
 # Functions of their own, since they are most of the machine code of every kernel.
 
 
 @linked(_by_rows)
-def tile(rows, cols, last, depth, a, a_row, fetch, p, ahead, init, init_row, c, c_row):
+def tile(rows, cols, last, depth, a, a_row, fetch, p, ahead, init, init_row, c, c_row, below):
     """See `_tile`: A by rows."""
-    _of_rows(rows, cols, last, depth, a, a_row, fetch, p, ahead, init, init_row, c, c_row)
+    _of_rows(rows, cols, last, depth, a, a_row, fetch, p, ahead, init, init_row, c, c_row, below)
 
 
 @linked(_by_strip)
-def tile_of_strip(rows, cols, last, depth, a, p, init, init_row, c, c_row):
+def tile_of_strip(rows, cols, last, depth, a, p, init, init_row, c, c_row, below):
     """See `_tile`: A is a strip."""
-    _of_strip(rows, cols, last, depth, a, 1, 0, p, p, init, init_row, c, c_row)
+    _of_strip(rows, cols, last, depth, a, 1, 0, p, p, init, init_row, c, c_row, below)

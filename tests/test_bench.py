@@ -27,6 +27,7 @@ from bench.runner import GATE, Process  # noqa: E402
 def test_a_case_is_named_or_spelled_out():
     assert find("large") == CASES["large"]
     assert find("T7B2I3H5")[1:] == (7, 2, 3, 5, 1)
+    assert find("T7B2I3H5L2").layers == 2
     with pytest.raises(ValueError, match="T64B32I64H64"):
         find("enormous")
 
@@ -166,3 +167,17 @@ def test_a_name_it_does_not_know_is_an_error():
     )
     assert run.returncode == 2
     assert "torsh" in run.stderr
+
+
+@pytest.mark.parametrize("target, code", [(9.0, 0), (0.0, 1)])
+def test_a_race_to_a_loss(tmp_path, target, code):
+    pytest.importorskip("torch")
+    (tmp_path / "text").write_text("To be, or not to be: that is the question. " * 60)
+    command = [sys.executable, "-m", "bench.loss", str(tmp_path / "text"), "--case", "T5B2I3H8L2"]
+    command += ["--steps", "4", "--every", "2", "--target", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["fastrnn", "torch"]
+    ends = [line.split(":")[0] for line in lines if " after " in line]
+    assert ends == (["fastrnn", "torch"] if code == 0 else [])

@@ -9,10 +9,11 @@ import numpy as np
 
 import fastrnn
 from bench.cases import Case
-from bench.language import NORM, RATE, STEPS, Text, seen, text
+from bench.language import NORM, RATE, STEPS, seen, text
 from bench.problem import Answer, Problem, problem
 from fastrnn.clip import clip_grad_norm_
 from fastrnn.generate import generate
+from fastrnn.models import SEEDS
 
 
 def _layer(case: Case, cell: str, dtype: str, threads: int) -> tuple[Any, Problem]:
@@ -60,41 +61,69 @@ def stepping(case: Case, cell: str, dtype: str, threads: int) -> Any:
     return step, lambda y: {"y": y}
 
 
-def _model(case: Case, cell: str, dtype: str, threads: int) -> tuple[Any, Text]:
+def _model(case: Case, cell: str, params: dict, threads: int, dropout: float = 0.0) -> Any:
     fastrnn.set_num_threads(threads)
-    given = text(case, cell, dtype)
     model = fastrnn.LanguageModel(
         case.I,
         case.H,
         cell=cell,
         num_layers=case.layers,
         embedding_size=case.H,
-        dtype=dtype,
+        dropout=dropout,
+        dtype=params["head.bias"].dtype,
     )
-    model.load_state_dict(given.params)
-    return model, given
+    model.load_state_dict(params)
+    return model
+
+
+class Learner:
+    """loss_and_grads, clipping, Adam; keeps the state."""
+
+    def __init__(
+        self, case: Case, cell: str, params: dict, norm: float, threads: int, dropout: float = 0.0
+    ) -> None:
+        self.model = _model(case, cell, params, threads, dropout)
+        self.adam = fastrnn.optim.Adam(self.model.params, lr=RATE)
+        self.grads = {key: np.zeros_like(value) for key, value in self.model.params.items()}
+        self.norm, self.state = norm, None
+        self.seeds = itertools.count(0, SEEDS)
+
+    def set_rate(self, rate: float) -> None:
+        """Of Adam, from now on."""
+        self.adam.lr = rate
+
+    def learn(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
+        """One step: loss, norm of the gradients."""
+        for g in self.grads.values():
+            g.fill(0)
+        loss, _, self.state = self.model.loss_and_grads(
+            tokens, targets, self.state, seed=next(self.seeds), grads=self.grads
+        )
+        norm = clip_grad_norm_(self.grads, self.norm)
+        self.adam.step(self.grads)
+        return loss, norm
+
+    def loss(self, tokens: np.ndarray, targets: np.ndarray) -> float:
+        """Of other tokens."""
+        return float(self.model.token_losses(tokens, targets)[0].mean())
 
 
 def language(case: Case, cell: str, dtype: str, threads: int) -> Any:
-    """loss_and_grads, clipping, Adam."""
-    model, (_, tokens, targets) = _model(case, cell, dtype, threads)
-    adam = fastrnn.optim.Adam(model.params, lr=RATE)
-    grads = {key: np.zeros_like(value) for key, value in model.params.items()}
+    """`Learner`, from a state of zeros."""
+    params, tokens, targets = text(case, cell, dtype)
+    learner = Learner(case, cell, params, NORM, threads)
 
     def step() -> tuple[float, float]:
-        for g in grads.values():
-            g.fill(0)
-        loss, _, _ = model.loss_and_grads(tokens, targets, grads=grads)
-        norm = clip_grad_norm_(grads, NORM)
-        adam.step(grads)
-        return loss, norm
+        learner.state = None
+        return learner.learn(tokens, targets)
 
     return step, lambda first: {"steps": [first, *(step() for _ in range(STEPS - 1))]}
 
 
 def sampling(case: Case, cell: str, dtype: str, threads: int) -> Any:
     """`generate`, at temperature 1; what is compared is greedy."""
-    model, given = _model(case, cell, dtype, threads)
+    given = text(case, cell, dtype)
+    model = _model(case, cell, given.params, threads)
     prompt = given.tokens[:1]
     seeds = itertools.count()
 

@@ -95,34 +95,71 @@ def stepping(case: Case, cell: str, dtype: str, threads: int) -> Any:
 
 
 class _Model(nn.Module):
-    def __init__(self, case: Case, cell: str) -> None:
+    def __init__(self, case: Case, cell: str, dropout: float = 0.0) -> None:
         super().__init__()
         self.embedding = nn.Embedding(case.I, case.H)
-        self.rnn = _KINDS[cell](case.H, case.H, case.layers)
+        self.rnn = _KINDS[cell](
+            case.H, case.H, case.layers, dropout=dropout if case.layers > 1 else 0.0
+        )
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(case.H, case.I)
 
     def forward(self, tokens: Any, state: Any = None) -> Any:
         y, state = self.rnn(self.embedding(tokens), state)
-        return self.head(y), state
+        return self.head(self.dropout(y)), state
+
+
+class Learner:
+    """Embedding, layers, linear, cross_entropy, clip_grad_norm_, Adam; keeps the state."""
+
+    def __init__(
+        self, case: Case, cell: str, params: dict, norm: float, threads: int, dropout: float = 0.0
+    ) -> None:
+        torch.set_num_threads(threads)
+        dtype = str(params["head.bias"].dtype)
+        self.model = _load(_Model(case, cell, dropout), params, dtype)
+        self.adam = torch.optim.Adam(self.model.parameters(), lr=RATE)
+        self.norm, self.state = norm, None
+
+    def set_rate(self, rate: float) -> None:
+        """Of Adam, from now on."""
+        self.adam.param_groups[0]["lr"] = rate
+
+    def _loss(self, tokens: Any, targets: Any) -> Any:
+        logits, state = self.model(torch.from_numpy(tokens).long(), self.state)
+        lstm = isinstance(state, tuple)
+        self.state = tuple(one.detach() for one in state) if lstm else state.detach()
+        aims = torch.from_numpy(targets).long().reshape(-1)
+        return nn.functional.cross_entropy(logits.reshape(len(aims), -1), aims)
+
+    def learn(self, tokens: Any, targets: Any) -> tuple[float, float]:
+        """One step: loss, norm of the gradients."""
+        self.adam.zero_grad()
+        loss = self._loss(tokens, targets)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.norm)
+        self.adam.step()
+        return loss.item(), norm.item()
+
+    @torch.inference_mode()
+    def loss(self, tokens: Any, targets: Any) -> float:
+        """Of other tokens."""
+        kept, self.state = self.state, None
+        self.model.eval()
+        found = self._loss(tokens, targets).item()
+        self.model.train()
+        self.state = kept
+        return found
 
 
 def language(case: Case, cell: str, dtype: str, threads: int) -> Any:
-    """Embedding, layers, linear, cross_entropy, clip_grad_norm_, Adam."""
-    torch.set_num_threads(threads)
-    given = text(case, cell, dtype)
-    model = _load(_Model(case, cell), given.params, dtype)
-    adam = torch.optim.Adam(model.parameters(), lr=RATE)
-    tokens = torch.from_numpy(given.tokens).long()
-    targets = torch.from_numpy(given.targets).long().reshape(-1)
+    """`Learner`, from a state of zeros."""
+    params, tokens, targets = text(case, cell, dtype)
+    learner = Learner(case, cell, params, NORM, threads)
 
     def step() -> tuple[float, float]:
-        adam.zero_grad()
-        logits, _ = model(tokens)
-        loss = nn.functional.cross_entropy(logits.reshape(-1, case.I), targets)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), NORM)
-        adam.step()
-        return loss.item(), norm.item()
+        learner.state = None
+        return learner.learn(tokens, targets)
 
     return step, lambda first: {"steps": [first, *(step() for _ in range(STEPS - 1))]}
 
