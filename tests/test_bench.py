@@ -169,7 +169,7 @@ def test_a_name_it_does_not_know_is_an_error():
     assert "torsh" in run.stderr
 
 
-@pytest.mark.parametrize("target, code", [(9.0, 0), (0.0, 1)])
+@pytest.mark.parametrize(("target", "code"), [(9.0, 0), (0.0, 1)])
 def test_a_race_to_a_loss(tmp_path, target, code):
     pytest.importorskip("torch")
     (tmp_path / "text").write_text("To be, or not to be: that is the question. " * 60)
