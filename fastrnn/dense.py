@@ -9,11 +9,17 @@ import numpy as np
 
 from fastrnn import gemm
 from fastrnn.checks import as_array, as_dtype, as_floats, as_seed, as_size, as_tokens
+from fastrnn.layout import even
 from fastrnn.memory import empty
 from fastrnn.module import Module, Params, new_grads
 from fastrnn.pack import pack, pack_transposed
 from fastrnn.parallel import ELEMENT, parts_for, run
 from fastrnn.simd import lanes
+
+
+def _order(shape: tuple[int, ...]) -> np.ndarray:
+    """In which order gradients of rows (T, ...) are added up."""
+    return even(math.prod(shape[:1]), math.prod(shape[1:])).rows
 
 
 class Linear(Module):
@@ -76,9 +82,8 @@ class Linear(Module):
         shape = (*saved.shape[:-1], self.out_features)
         names = "(" + "..., " * (len(shape) - 1) + "O)"
         d_y = as_floats("d_y", d_y, self.dtype, shape, names)
-        x = saved.reshape(-1, 1, self.in_features) if saved.ndim < 3 else saved
-        steps, batch = x.shape[0], math.prod(x.shape[1:-1])
-        count = steps * batch
+        x = saved.reshape(-1, self.in_features)
+        count = len(x)
         d_x = empty((count if need_d_x else 0, self.in_features), self.dtype)
         zeros = np.zeros(self.in_features, self.dtype)
         packed = pack(self.params["weight"], (0,), self.out_features) if need_d_x else zeros
@@ -88,8 +93,9 @@ class Linear(Module):
         run(
             gemm.affine_gradients,
             parts_for(count * self.in_features * self.out_features, self.out_features),
-            x.reshape(steps, batch, self.in_features),
-            d_y.reshape(steps, batch, self.out_features),
+            _order(saved.shape[:-1]),
+            x,
+            d_y.reshape(count, self.out_features),
             packed,
             zeros,
             d_x,
@@ -135,11 +141,18 @@ class Embedding(Module):
         shape = (*saved.shape, self.embedding_dim)
         names = "(" + "..., " * saved.ndim + "E)"
         d_y = as_floats("d_y", d_y, self.dtype, shape, names)
-        tokens = saved.reshape(saved.shape[0] if saved.ndim > 1 else 1, -1)
-        rows = d_y.reshape(*tokens.shape, self.embedding_dim)
         unused = np.zeros(self.embedding_dim, self.dtype)
         parts = parts_for(d_y.size * ELEMENT, self.embedding_dim // lanes(self.dtype))
-        run(gemm.scatter_rows, parts, tokens, rows, grads["weight"], unused)
+        d_y = d_y.reshape(-1, self.embedding_dim)
+        run(
+            gemm.scatter_rows,
+            parts,
+            saved.reshape(-1),
+            _order(saved.shape),
+            d_y,
+            grads["weight"],
+            unused,
+        )
         return grads
 
     def _tokens(self, name: str, tokens: Any) -> np.ndarray:

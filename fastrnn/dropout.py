@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastrnn.jit import helper, kernel
+from fastrnn.layout import Layout, even
 from fastrnn.parallel import ELEMENT, parts_for, run
 
 
@@ -28,26 +29,32 @@ def random_bits(seed, row, unit):
 
 
 @kernel
-def _dropout(part, parts, x, seed, limit, scale, y):
-    """y = x * scale where the bits reach `limit`, else 0; x and y are (T, B, units)."""
-    steps, batch, units = x.shape
-    rows = steps * batch
+def _dropout(part, parts, x, source, batch, seed, limit, scale, y):
+    """y = x * scale where the bits reach `limit`, else 0; x and y are (N, units)."""
+    rows, units = x.shape
     for row in range(rows * part // parts, rows * (part + 1) // parts):
-        t, b = row // batch, row % batch
+        t, b = source[row] // batch, source[row] % batch
         key = random_bits(seed, t, b)
         for unit in range(units):
             if random_bits(key, 0, unit) >> np.uint64(11) < limit:
-                y[t, b, unit] = 0
+                y[row, unit] = 0
             else:
-                y[t, b, unit] = x[t, b, unit] * scale
+                y[row, unit] = x[row, unit] * scale
 
 
-def dropout(x: np.ndarray, p: float, seed: int, y: np.ndarray) -> None:
+def dropout(
+    x: np.ndarray, p: float, seed: int, y: np.ndarray, layout: Layout | None = None
+) -> None:
     """Fill y with x where the mask of `seed` keeps it, scaled by 1 / (1 - p), and with 0 elsewhere.
 
-    x and y are C-contiguous (T, B, H); they may be the same array.
+    x and y are C-contiguous (T, B, H), or (N, H) with the rows of a layout; they may be the same
+    array.
     """
+    if layout is None:
+        layout = even(*x.shape[:2])
+        x, y = (array.reshape(-1, array.shape[2]) for array in (x, y))
     limit = np.uint64(int(p * 2**53))
     scale = x.dtype.type(1 / (1 - p))
-    parts = parts_for(x.size * ELEMENT, x.shape[0] * x.shape[1])
-    run(_dropout, parts, x, np.uint64(seed % 2**64), limit, scale, y)
+    parts = parts_for(x.size * ELEMENT, len(x))
+    batch = layout.batch
+    run(_dropout, parts, x, layout.source, batch, np.uint64(seed % 2**64), limit, scale, y)

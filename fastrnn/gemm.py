@@ -73,14 +73,6 @@ def scratch_size(m_x: int, m_h: int, dtype: Any) -> int:
     return RUN * (padded(m_x, dtype) + padded(m_h, dtype) + GROUP * STRIP * lanes(dtype))
 
 
-@helper
-def _next_row(row, b, batch):
-    """The row that comes after in time reversed: the next sequence, or the step before."""
-    if b + 1 < batch:
-        return row + 1, b + 1
-    return row + 1 - 2 * batch, 0
-
-
 def _multiply_signature(dtype):
     i, p = types.intp, types.CPointer(dtype)
     return types.void(i, i, i, i, p, i, i, p, p, i, p, i, i)
@@ -131,13 +123,13 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
 
 
 @helper
-def _fill_panel(x, m, row, b, batch, depth, panel):
-    """Panels of `depth` rows of x (any, m), from (row, b) on; returns the row after them."""
+def _fill_panel(x, m, rows, depth, panel):
+    """Panels of `depth` of the rows of x (any, m)."""
     w = width_of(x)
     wide = COLS * w
     whole = m // w * w
     for j in range(depth):
-        source = row * m
+        source = rows[j] * m
         for left in range(0, m, wide):
             right = min(left + wide, m)
             target = left * depth + j * ((right - left + w - 1) // w * w) - left
@@ -145,8 +137,6 @@ def _fill_panel(x, m, row, b, batch, depth, panel):
                 store(panel, target + col, load(x, source + col))
             if right > whole:
                 store(panel, target + whole, load_n(x, source + whole, m - whole))
-        row, b = _next_row(row, b, batch)
-    return row, b
 
 
 @helper
@@ -168,13 +158,13 @@ def _group(block, end, blocks):
 
 
 @helper
-def _fill_strips(d, d_row, size, first, end, blocks, row, b, batch, depth, strips):
+def _fill_strips(d, d_row, size, first, end, blocks, rows, depth, strips):
     """The strips of blocks [first, end): row after row, since memory is read best that way."""
     w = width_of(d)
     start = first % blocks
     for j in range(depth):
         target = j * STRIP * w
-        source = row * d_row + first * w
+        source = rows[j] * d_row + first * w
         block, inside = first, start
         while block < end:
             take = min(STRIP, end - block, blocks - inside)
@@ -191,7 +181,6 @@ def _fill_strips(d, d_row, size, first, end, blocks, row, b, batch, depth, strip
                 inside = 0
             source += take * w
             target += RUN * STRIP * w
-        row, b = _next_row(row, b, batch)
 
 
 @helper
@@ -250,13 +239,13 @@ def _add_products(strips, first, end, blocks, size, depth, order, panel, m, out)
 
 
 def _accumulate_signature(dtype):
-    i, p = types.intp, types.CPointer(dtype)
-    return types.void(i, i, p, i, i, i, types.CPointer(i), i, i, p, i, p, p, p, i, p, p, p, p)
+    i, p, n = types.intp, types.CPointer(dtype), types.CPointer(types.intp)
+    return types.void(i, n, n, p, i, i, i, n, i, i, p, i, p, p, p, i, p, p, p, p)
 
 
 @linked(_accumulate_signature)
 def accumulate(
-    steps, batch, d, d_row, size, runs, order, first, end,
+    count, rows, rows_h, d, d_row, size, runs, order, first, end,
     x, m_x, out_x, sums_x, h, m_h, out_h, sums_h, panel, strips,
 ):  # fmt: skip
     """Add d.T @ x to out_x and d.T @ h to out_h, and the sums of d's columns to sums_x and sums_h.
@@ -264,49 +253,44 @@ def accumulate(
     A row of d has `runs` runs of `size` numbers, each rounded up to whole registers if there are
     several. Run g adds to the rows of out_x from order[g]*size on, and to those of out_h from
     order[runs + g]*size; below 0: to none. Only the register blocks [first, end) of d are done.
-    Rows are (step, sequence) pairs, taken in the order in which backpropagation meets them: last
-    step first, sequences in order. panel and strips: memory from `panel_scratch` and
+    Row rows[j] of d and x and row rows_h[j] of h belong together; they are added up in the order of
+    j, of which there are `count`. panel and strips: memory from `panel_scratch` and
     `strip_scratch`.
     """
     w = width_of(d)
     blocks = (size + w - 1) // w
-    total = steps * batch
     order_h = at(order, runs)
     panel_h = at(panel, RUN * ((m_x + w - 1) // w) * w)
-    # The row of d and x where a block of rows begins, and its place in its step.
-    row, b = (steps - 1) * batch, 0
-    for start in range(0, total, RUN):
-        depth = min(RUN, total - start)
-        _fill_panel(x, m_x, row, b, batch, depth, panel)
-        next_row, next_b = _fill_panel(h, m_h, row, b, batch, depth, panel_h)
+    for start in range(0, count, RUN):
+        depth = min(RUN, count - start)
+        here = at(rows, start)
+        _fill_panel(x, m_x, here, depth, panel)
+        _fill_panel(h, m_h, at(rows_h, start), depth, panel_h)
         block = first
         while block < end:
             after = _group(block, end, blocks)
-            _fill_strips(d, d_row, size, block, after, blocks, row, b, batch, depth, strips)
+            _fill_strips(d, d_row, size, block, after, blocks, here, depth, strips)
             _add_sums(strips, block, after, blocks, size, depth, order, sums_x)
             _add_sums(strips, block, after, blocks, size, depth, order_h, sums_h)
             _add_products(strips, block, after, blocks, size, depth, order, panel, m_x, out_x)
             _add_products(strips, block, after, blocks, size, depth, order_h, panel_h, m_h, out_h)
             block = after
-        row, b = next_row, next_b
 
 
 @helper
-def scatter(tokens, d, d_at, d_row, n, first, end, out, sums):
+def scatter(tokens, rows, d, d_at, d_row, n, first, end, out, sums):
     """out[token, first:end] += d[row, first:end]: `accumulate` for rows that are one-hot.
 
-    tokens (T, B); out (V, n). The same order of rows; sums[first:end] adds up d.
+    tokens (N,), one for each row of d; rows (N,): the order; out (V, n). sums[first:end] adds up d.
     """
     w = width_of(out)
-    steps, batch = tokens.shape
-    for t in range(steps - 1, -1, -1):
-        for b in range(batch):
-            source = d_at + (t * batch + b) * d_row
-            target = tokens[t, b] * n
-            for j in range(first, end, w):
-                value = load_n(d, source + j, end - j)
-                store_n(out, target + j, load_n(out, target + j, end - j) + value, end - j)
-                store_n(sums, j, load_n(sums, j, end - j) + value, end - j)
+    for row in rows:
+        source = d_at + row * d_row
+        target = tokens[row] * n
+        for j in range(first, end, w):
+            value = load_n(d, source + j, end - j)
+            store_n(out, target + j, load_n(out, target + j, end - j) + value, end - j)
+            store_n(sums, j, load_n(sums, j, end - j) + value, end - j)
 
 
 @kernel
@@ -323,21 +307,21 @@ def affine(part, parts, x, p, bias, y):
 
 
 @kernel
-def affine_gradients(part, parts, x, d_y, p, zeros, d_x, d_weight, d_bias):
-    """Add to d_weight (O, I) and d_bias (O,), fill d_x (N, I) or (0, I), from d_y (T, B, O).
+def affine_gradients(part, parts, rows, x, d_y, p, zeros, d_x, d_weight, d_bias):
+    """Add to d_weight (O, I) and d_bias (O,), fill d_x (N, I) or (0, I), from d_y (N, O).
 
-    x (T, B, I); P is the weight by `pack`; zeros (I,).
+    x (N, I); rows (N,): the order in which they are added; P is the weight by `pack`; zeros (I,).
     """
     mode = flush_denormals()
-    steps, batch, n = d_y.shape
-    size = x.shape[2]
+    n = d_y.shape[1]
+    size = x.shape[1]
     w = width_of(x)
     blocks = (n + w - 1) // w
     first, end = blocks * part // parts, blocks * (part + 1) // parts
     order = np.array([0, -1])
     panel, strip = panel_scratch(x, size, 0), strip_scratch(x)
     accumulate(
-        steps, batch, at(d_y, 0), n, n, 1, at(order, 0), first, end,
+        rows.size, at(rows, 0), at(rows, 0), at(d_y, 0), n, n, 1, at(order, 0), first, end,
         at(x, 0), size, at(d_weight, 0), at(d_bias, 0),
         at(x, 0), 0, at(d_weight, 0), at(d_bias, 0), at(panel, 0), at(strip, 0),
     )  # fmt: skip
@@ -346,22 +330,22 @@ def affine_gradients(part, parts, x, d_y, p, zeros, d_x, d_weight, d_bias):
     keep_alive(strip)
     count = d_x.shape[0]
     top = count * part // parts
-    rows = count * (part + 1) // parts - top
+    rest = count * (part + 1) // parts - top
     c = at(d_x, top * size)
-    multiply(1, rows, size, n, at(d_y, top * n), n, 0, at(p, 0), at(zeros, 0), 0, c, size, 0)
+    multiply(1, rest, size, n, at(d_y, top * n), n, 0, at(p, 0), at(zeros, 0), 0, c, size, 0)
     restore_denormals(mode)
 
 
 @kernel
-def scatter_rows(part, parts, tokens, d, out, sums):
+def scatter_rows(part, parts, tokens, rows, d, out, sums):
     """out[token] += d[row], for the part'th slice of columns.
 
-    tokens (T, B), d (T, B, E), out (V, E), sums (E,).
+    tokens (N,), d (N, E); rows (N,): the order; out (V, E), sums (E,).
     """
     mode = flush_denormals()
     n = out.shape[1]
     w = width_of(out)
     blocks = (n + w - 1) // w
     first, end = blocks * part // parts * w, min(n, blocks * (part + 1) // parts * w)
-    scatter(tokens, d, 0, n, n, first, end, out, sums)
+    scatter(tokens, rows, d, 0, n, n, first, end, out, sums)
     restore_denormals(mode)

@@ -22,12 +22,14 @@ from fastrnn.checks import (
     as_choice,
     as_dtype,
     as_floats,
+    as_lengths,
     as_number,
     as_seed,
     as_size,
     as_tokens,
 )
 from fastrnn.dropout import dropout
+from fastrnn.layout import Layout, even, of_lengths
 from fastrnn.meeting import NOBODY, together
 from fastrnn.memory import empty, zeros
 from fastrnn.module import Module, Params, new_grads
@@ -46,7 +48,7 @@ _CHUNK_BYTES = 1 << 18
 
 @dataclass
 class _Saved:
-    """What one layer of a stack keeps for backward."""
+    """What one layer of a stack keeps for backward; rows as in `fastrnn.layout`."""
 
     x: np.ndarray
     h: np.ndarray
@@ -60,13 +62,13 @@ class Saved:
     """What backward needs from forward. Backward works in this memory: it can be used once."""
 
     def __init__(
-        self, kind: tuple, layers: list[_Saved], token_input: bool, unbatched: bool
+        self, kind: tuple, layers: list[_Saved], layout: Layout, steps: int, unbatched: bool
     ) -> None:
         self.kind = kind
         self._layers: list[_Saved] | None = layers
-        self.token_input = token_input
+        self.layout = layout
+        self.steps = steps
         self.unbatched = unbatched
-        self.shape = layers[-1].h.shape
 
     @property
     def nbytes(self) -> int:
@@ -181,10 +183,6 @@ class _Recurrent(Module):
     def _forward(
         self, x: Any, state: State, lengths: Any, vectors: Any, *, keep: bool, seed: int | None
     ) -> tuple[np.ndarray, State, Any]:
-        if lengths is not None:
-            raise ValueError(
-                "lengths: expected None; not there yet: call once for each group of equal length"
-            )
         self.check_params()
         if vectors is not None:
             names = "(V, input_size)"
@@ -194,7 +192,9 @@ class _Recurrent(Module):
             # Backward writes where the tokens say: they must still be the ones that were checked.
             x = x.copy()
         steps, batch = x.shape[:2]
-        states = self._initial(state, batch, unbatched)
+        layout = self._layout(lengths, steps, batch, unbatched)
+        x = layout.gather(x.reshape(steps * batch, *x.shape[2:]))
+        states = [s[:, layout.columns] for s in self._initial(state, batch, unbatched)]
         seed = as_seed(seed)
         if keep and self.dropout and self.num_layers > 1 and seed is None:
             seed = int(self._seeds.integers(2**63))
@@ -202,49 +202,69 @@ class _Recurrent(Module):
         for layer in range(self.num_layers):
             if layer and keep and self.dropout:
                 dropped = empty(x.shape, self.dtype)
-                dropout(x, self.dropout, (seed or 0) + layer, dropped)
+                dropout(x, self.dropout, (seed or 0) + layer, dropped, layout)
                 x = dropped
-            done = self._run_layer(layer, x, vectors, [s[layer] for s in states], keep)
+            done = self._run_layer(layer, layout, x, vectors, [s[layer] for s in states], keep)
             done.seed = (seed or 0) + layer
             saved.append(done)
-            x, vectors = done.h[1:], None
+            x, vectors = done.h[batch:], None
         run_length = padded(self.hidden_size, self.dtype)
-        last = [np.array([s.h[steps] for s in saved])]
+        last = [np.array([s.h[layout.last] for s in saved])]
+        # Without a tape there is but the latest of each column.
+        rows = layout.last if keep else slice(None)
         for i in range(self.cell.carries):
             at = slice(i * run_length, i * run_length + self.hidden_size)
-            last.append(np.array([s.carry[-1, :, at] for s in saved]))
-        tokens = saved[0].x.dtype == np.int32
-        result = Saved(self._kind(), saved, tokens, unbatched) if keep else None
-        output = self._outward(x, unbatched)
+            last.append(np.array([s.carry[rows, at] for s in saved]))
+        back = np.argsort(layout.columns)
+        last = [part[:, back] for part in last]
+        result = Saved(self._kind(), saved, layout, steps, unbatched) if keep else None
+        output = layout.scatter(x, steps).reshape(steps, batch, self.hidden_size)
+        output = self._outward(output, unbatched)
         # Backward reads the same memory.
         output.flags.writeable = not keep
         return output, self._state_out(last, unbatched), result
 
+    def _layout(self, lengths: Any, steps: int, batch: int, unbatched: bool) -> Layout:
+        if lengths is None:
+            return even(steps, batch)
+        names = "(B, T)" if self.batch_first and not unbatched else "(T, B)"
+        array = as_array("lengths", lengths)
+        if unbatched:
+            # Of one sequence: a number, or a mask (T,).
+            array = array.reshape(-1, 1) if array.dtype == bool else array.reshape(-1)
+        return of_lengths(as_lengths(array, steps, batch, names))
+
     def _run_layer(
-        self, layer: int, x: np.ndarray, vectors: np.ndarray | None, states: list, keep: bool
+        self,
+        layer: int,
+        layout: Layout,
+        x: np.ndarray,
+        vectors: np.ndarray | None,
+        states: list,
+        keep: bool,
     ) -> _Saved:
         cell, size, dtype = self.cell, self.hidden_size, self.dtype
-        steps, batch = x.shape[:2]
+        batch, count = layout.batch, layout.count
         hidden = padded(size, dtype)
         weight_x, weight_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
         tokens = x.dtype == np.int32
-        work = steps * batch * cell.gates * hidden * (size + (0 if tokens else weight_x.shape[1]))
+        work = count * cell.gates * hidden * (size + (0 if tokens else weight_x.shape[1]))
         row = cell.tape * hidden
-        meet = parts_of_units(cell, steps, batch, size, dtype)
+        meet = parts_of_units(cell, layout.steps, batch, size, dtype)
         if meet > 1:
             rows, columns = batch, row // meet
         else:
             parts = parts_for(work, batch)
             rows, columns = -(-batch // parts), row
         chunk = max(_CHUNK_BYTES // (rows * columns * dtype.itemsize), gemm.HEIGHT // rows)
-        chunk = max(1, min(steps, chunk))
-        h = empty((steps + 1, batch, size), dtype)
-        h[0] = states[0]
-        carry = empty((steps + 1 if keep else 1, batch, cell.carries * hidden), dtype)
-        carry[0] = 0
+        chunk = max(1, min(layout.steps, chunk))
+        h = empty((batch + count, size), dtype)
+        h[:batch] = states[0]
+        carry = empty((batch + count if keep else batch, cell.carries * hidden), dtype)
+        carry[:batch] = 0
         for i, value in enumerate(states[1:]):
-            carry[0, :, i * hidden : i * hidden + size] = value
-        tape = empty((steps if keep else chunk, batch, row), dtype)
+            carry[:batch, i * hidden : i * hidden + size] = value
+        tape = empty((count if keep else min(count, chunk * batch), row), dtype)
         b_x, b_h = self.params.get(f"bias_ih_l{layer}"), self.params.get(f"bias_hh_l{layer}")
         bias = pack_bias(cell, size, dtype, b_x, b_h)
         if vectors is None:
@@ -254,7 +274,8 @@ class _Recurrent(Module):
         else:
             packed = pack_vectors(weight_x, cell.order_x, bias, vectors)
         packed_h = pack_transposed(weight_h, cell.order_h, apart=meet > 1)
-        arguments = (cell, cell.tail, chunk, int(keep), x, packed, packed_h, bias, h, carry, tape)
+        arguments = (cell, cell.tail, chunk, int(keep), layout.starts, layout.ends)
+        arguments += (x, packed, packed_h, bias, h, carry, tape)
         if meet > 1:
             together(recurrence.forward_slice, meet, *arguments)
         else:
@@ -329,35 +350,45 @@ class _Recurrent(Module):
             )
         self.check_params()
         grads = new_grads(self.params, grads)
-        steps, batch = saved.shape[0] - 1, saved.shape[1]
+        layout, steps = saved.layout, saved.steps
+        batch = layout.batch
         d_states = self._initial(d_state, batch, saved.unbatched, name="d_state")
         if d_output is None:
-            d_y = np.zeros((1, 1, self.hidden_size), self.dtype)
+            d_y = np.zeros((1, self.hidden_size), self.dtype)
         else:
             d_y = self._gradient_in(d_output, steps, batch, saved.unbatched)
+            d_y = layout.gather(d_y.reshape(steps * batch, self.hidden_size))
         layers = saved.take(retain)
         d_initial = [np.empty_like(s) for s in d_states]
         for layer in reversed(range(self.num_layers)):
             s = layers[layer]
             want = need_d_x or layer > 0
-            found = self._run_backward(layer, s, d_y, [d[layer] for d in d_states], grads, want)
-            d_y, last = found
+            d_last = [d[layer, layout.columns] for d in d_states]
+            d_y, last = self._run_backward(layer, layout, s, d_y, d_last, grads, want)
             for total, value in zip(d_initial, last, strict=True):
-                total[layer] = value
+                total[layer, layout.columns] = value
             if layer and self.dropout:
-                dropout(d_y, self.dropout, s.seed, d_y)
+                dropout(d_y, self.dropout, s.seed, d_y, layout)
         d_x = None
         if need_d_x and layers[0].vectors is not None:
             d_x = d_y
-        elif need_d_x and not saved.token_input:
-            d_x = self._outward(d_y, saved.unbatched)
+        elif need_d_x and layers[0].x.dtype != np.int32:
+            d_x = layout.scatter(d_y, steps).reshape(steps, batch, self.input_size)
+            d_x = self._outward(d_x, saved.unbatched)
         return d_x, self._state_out(d_initial, saved.unbatched), grads
 
     def _run_backward(
-        self, layer: int, s: _Saved, d_y: np.ndarray, d_last: list, grads: Params, want_d_x: bool
+        self,
+        layer: int,
+        layout: Layout,
+        s: _Saved,
+        d_y: np.ndarray,
+        d_last: list,
+        grads: Params,
+        want_d_x: bool,
     ) -> tuple[np.ndarray, list]:
         cell, size, dtype = self.cell, self.hidden_size, self.dtype
-        steps, batch = s.x.shape[:2]
+        steps, batch, count = layout.steps, layout.batch, layout.count
         hidden = padded(size, dtype)
         tokens = s.x.dtype == np.int32
         weight_x, weight_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
@@ -367,9 +398,10 @@ class _Recurrent(Module):
         d_carry = np.zeros((batch, cell.carries * hidden), dtype)
         for i, value in enumerate(d_last[1:]):
             d_carry[:, i * hidden : i * hidden + size] = value
-        work = steps * batch * cell.gates * hidden * size
+        work = count * cell.gates * hidden * size
         packed = pack(weight_h, cell.order_h, hidden)
-        arguments = (cell, cell.tail, d_y, packed, s.h, s.carry, s.tape, d_h, d_carry)
+        arguments = (cell, cell.tail, layout.starts, layout.ends)
+        arguments += (d_y, packed, s.h, s.carry, s.tape, d_h, d_carry)
         meet = parts_of_units(cell, steps, batch, size, dtype)
         if meet > 1:
             together(recurrence.backward_slice, meet, *arguments)
@@ -383,22 +415,24 @@ class _Recurrent(Module):
         gates = (cell.gates, size)
         order = list(cell.order_x)
         if tokens:
-            count = inputs if s.vectors is None else len(s.vectors)
-            rows = zeros((count, cell.gates, hidden), dtype)
+            kinds = inputs if s.vectors is None else len(s.vectors)
+            rows = zeros((kinds, cell.gates, hidden), dtype)
             if s.vectors is None:
                 rows[:, :, :size] = d_w_x.reshape(*gates, inputs)[order].transpose(2, 0, 1)
             sums = np.zeros((cell.gates, hidden), dtype)
             sums[:, :size] = d_b_x.reshape(gates)[order]
             d_x = np.empty((0, inputs), dtype)
-            x_arguments = (rows.reshape(count, -1), sums.reshape(-1))
+            x_arguments = (rows.reshape(kinds, -1), sums.reshape(-1))
         else:
-            d_x = empty((steps * batch if want_d_x else 0, inputs), dtype)
+            d_x = empty((count if want_d_x else 0, inputs), dtype)
             x_arguments = (d_w_x, d_b_x)
         packed = pack(weight_x, cell.order_x, hidden) if want_d_x and not tokens else d_h[0]
         run(
             recurrence.gradients,
             parts_for(work, cell.gates * hidden // lanes(dtype)),
             cell.tail,
+            layout.rows,
+            layout.before,
             s.x,
             s.h,
             s.tape,
@@ -422,7 +456,7 @@ class _Recurrent(Module):
             d_b_x.reshape(gates)[order] = sums[:, :size]
         first = [d_h[:, :size]]
         first += [d_carry[:, i * hidden : i * hidden + size] for i in range(cell.carries)]
-        return d_x.reshape(steps, batch, inputs) if want_d_x and not tokens else d_x, first
+        return d_x, first
 
     def _gradient_of_vectors(
         self,
@@ -442,8 +476,9 @@ class _Recurrent(Module):
         run(
             gemm.affine_gradients,
             parts_for(count * n * inputs, n // lanes(dtype)),
-            vectors[None],
-            d_table[None],
+            even(1, count).rows,
+            vectors,
+            d_table,
             pack(weight_x, cell.order_x, hidden) if want else np.zeros(inputs, dtype),
             np.zeros(inputs, dtype),
             d_vectors,

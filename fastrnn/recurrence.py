@@ -5,11 +5,12 @@ is too small for that, a part is a slice of the units instead, for the whole bat
 meet at each step. Names and shapes (Hp is H rounded up to whole registers, G and R are the cell's
 `gates` and `tape`):
 
-x      (T, B, I) floats, or (T, B) int32 tokens
-h      (T+1, B, H)   h[0] is the initial state, h[1:] the output
-carry  (S+1, B, cell.carries*Hp)   further states; S is T where a tape is kept, else 0
-tape   (S', B, R*Hp)   the cell's s before its step, then its tape; in backward the gradient of s.
-       S' is T where a tape is kept, else `chunk`
+starts, ends, rows, before   of a `Layout` of N steps of B sequences
+x      (N, I) floats, or (N,) int32 tokens
+h      (B + N, H)   the initial states, then the output
+carry  (B + N, cell.carries*Hp)   further states; where no tape is kept (B, ...), the latest ones
+tape   (N, R*Hp)   the cell's s before its step, then its tape; in backward the gradient of s.
+       Where it is not kept (`chunk` * B, ...), B rows for each step of a chunk
 w_x, w_h, bias   weights packed by `pack_transposed`, for slices of units gate by gate; both biases
        in R runs of Hp
 meeting  see `fastrnn.meeting`; empty for slices of the batch
@@ -47,47 +48,76 @@ from fastrnn.units import multiply_units, units_of
 
 
 @helper
-def _slice(part, parts, meeting, batch, size, w):
-    """(first sequence, sequences, first unit, end of the units) of a part."""
+def _column(ends, part, parts):
+    """Where the part'th slice of the columns begins, if all are to have as many steps."""
+    share = ends[ends.size - 1] * part // parts
+    column = 0
+    while column < ends.size - 1 and ends[column + 1] <= share:
+        column += 1
+    return column
+
+
+@helper
+def _slice(part, parts, meeting, ends, size, w):
+    """(first column, columns, first unit, end of the units) of a part."""
     run = (size + w - 1) // w * w
     if meeting.size == 0:
-        first = batch * part // parts
-        return first, batch * (part + 1) // parts - first, 0, run
+        first = _column(ends, part, parts)
+        return first, _column(ends, part + 1, parts) - first, 0, run
     low, high = units_of(part, parts, size, w)
-    return 0, batch, low, high
+    return 0, ends.size - 1, low, high
 
 
-def _project(x, t, steps, first, rows, low, high, pieces, w_x, bias, tape, slot, n):
-    """tape[slot + s] = W_x x[t + s] + bias, for `steps` steps and `rows` sequences from `first`.
+@helper
+def _active(starts, t, first, columns):
+    """How many of the columns take step t."""
+    return max(0, min(starts[t + 2] - starts[t + 1] - first, columns))
 
-    The n columns are `pieces` times the units from `low` to `high`.
+
+def _project(x, starts, t, steps, first, columns, low, high, pieces, w_x, bias, tape, base, n):
+    """Begin the sums of `steps` steps from t on: tape = W_x x + bias.
+
+    The step in row r of the states has row r - base of the tape. The n columns of the product are
+    `pieces` times the units from `low` to `high`.
     """
 
 
 @overload(_project)
-def _project_overload(x, t, steps, first, rows, low, high, pieces, w_x, bias, tape, slot, n):
-    def dense(x, t, steps, first, rows, low, high, pieces, w_x, bias, tape, slot, n):
-        batch, size = x.shape[1:]
-        row = tape.shape[2]
-        start = (t * batch + first) * size
-        into = (slot * batch + first) * row
-        whole = rows == batch
-        for piece in range(pieces):
-            left = n // pieces * piece + low
-            multiply(
-                1 if whole else steps, steps * rows if whole else rows, high - low, size,
-                at(x, start), size, batch * size, at(w_x, left * size),
-                at(bias, left), 0, at(tape, into + left), row, batch * row,
-            )  # fmt: skip
+def _project_overload(
+    x, starts, t, steps, first, columns, low, high, pieces, w_x, bias, tape, base, n
+):
+    def dense(x, starts, t, steps, first, columns, low, high, pieces, w_x, bias, tape, base, n):
+        size = x.shape[1]
+        row = tape.shape[1]
+        # Steps of as many sequences are one product; those of all sequences have no gaps anyway.
+        while steps > 0:
+            total = starts[t + 2] - starts[t + 1]
+            rows = _active(starts, t, first, columns)
+            count = 1
+            while count < steps and starts[t + count + 2] - starts[t + count + 1] == total:
+                count += 1
+            whole = rows == total
+            start = (starts[t + 1] - starts[1] + first) * size
+            into = (starts[t + 1] - base + first) * row
+            for piece in range(pieces):
+                left = n // pieces * piece + low
+                multiply(
+                    1 if whole else count, count * rows if whole else rows, high - low, size,
+                    at(x, start), size, total * size, at(w_x, left * size),
+                    at(bias, left), 0, at(tape, into + left), row, total * row,
+                )  # fmt: skip
+            t += count
+            steps -= count
 
-    def tokens(x, t, steps, first, rows, low, high, pieces, w_x, bias, tape, slot, n):
-        batch = x.shape[1]
-        row = tape.shape[2]
+    def tokens(x, starts, t, steps, first, columns, low, high, pieces, w_x, bias, tape, base, n):
+        row = tape.shape[1]
         w = width_of(tape)
-        for s in range(steps):
-            for r in range(rows):
-                source = x[t + s, first + r] * n
-                target = ((slot + s) * batch + first + r) * row
+        for s in range(t, t + steps):
+            for r in range(
+                starts[s + 1] + first, starts[s + 1] + first + _active(starts, s, first, columns)
+            ):
+                source = x[r - starts[1]] * n
+                target = (r - base) * row
                 for left in range(0, n, n // pieces):
                     for j in range(left + low, left + high, w):
                         store(tape, target + j, load(w_x, source + j) + load(bias, j))
@@ -96,83 +126,89 @@ def _project_overload(x, t, steps, first, rows, low, high, pieces, w_x, bias, ta
 
 
 @helper
-def _fill_tail(first, rows, low, high, run, n, bias, tape, slot, steps):
+def _fill_tail(first, rows, low, high, run, n, bias, tape):
     """Begin the sums that have no part of x, the columns from n on, with their bias."""
-    batch, row = tape.shape[1:]
-    for s in range(steps):
-        for r in range(rows):
-            target = ((slot + s) * batch + first + r) * row
-            for left in range(n, row, run):
-                for j in range(left + low, left + high, width_of(tape)):
-                    store(tape, target + j, load(bias, j))
+    row = tape.shape[1]
+    for r in range(first, first + rows):
+        for left in range(n, row, run):
+            for j in range(left + low, left + high, width_of(tape)):
+                store(tape, r * row + j, load(bias, j))
 
 
 @kernel
-def forward_slice(part, parts, meeting, cell, tail, chunk, keep, x, w_x, w_h, bias, h, carry, tape):
+def forward_slice(
+    part, parts, meeting, cell, tail, chunk, keep, starts, ends, x, w_x, w_h, bias, h, carry, tape
+):  # fmt: skip
     """Fill h, carry and tape for the part'th slice; keep is 1 with a tape, else 0."""
     if meeting.size > 0:
         parts = gather(meeting, part, parts)
         if parts == 0:
             return
     mode = flush_denormals()
-    steps, batch = x.shape[:2]
-    size = h.shape[2]
+    steps = starts.size - 2
+    size = h.shape[1]
     w = width_of(h)
     run = (size + w - 1) // w * w
     n = w_h.size // size
-    row = tape.shape[2]
-    carry_row = carry.shape[2]
-    first, rows, low, high = _slice(part, parts, meeting, batch, size, w)
+    row = tape.shape[1]
+    carry_row = carry.shape[1]
+    first, columns, low, high = _slice(part, parts, meeting, ends, size, w)
     together = meeting.size > 0 and parts > 1
     # One piece of all columns, or the units of each gate.
     pieces = 1 if meeting.size == 0 else n // run
     end = n if meeting.size == 0 else high
     for start in range(0, steps, chunk):
         length = min(chunk, steps - start)
-        slot = start * keep
-        _project(x, start, length, first, rows, low, end, pieces, w_x, bias, tape, slot, n)
-        _fill_tail(first, rows, low, high, run, n, bias, tape, slot, length)
+        base = starts[1] if keep else starts[start + 1]
+        _project(
+            x, starts, start, length, first, columns, low, end, pieces, w_x, bias, tape, base, n
+        )
         for t in range(start, start + length):
-            h_old = at(h, (t * batch + first) * size)
+            rows = _active(starts, t, first, columns)
+            # Rows of the tape, and of the states before and after.
+            here = starts[t + 1] - base + first
+            old, new = starts[t] + first, starts[t + 1] + first
+            _fill_tail(here, rows, low, high, run, n, bias, tape)
             if together:
                 wait(meeting, parts, t)
-            s = at(tape, ((slot + t - start) * batch + first) * row + tail * run)
+            s = at(tape, here * row + tail * run)
+            h_old = at(h, old * size)
             multiply_units(pieces, low, end, rows, n, size, h_old, size, at(w_h, 0), s, row, s, row)
             for r in range(rows):
-                b = first + r
-                here = (t * batch + b) * size
-                there = here + batch * size
-                kept = ((slot + t - start) * batch + b) * row
-                before = (t * keep * batch + b) * carry_row
-                after = ((t + 1) * keep * batch + b) * carry_row
+                before, after = (old + r) * size, (new + r) * size
+                kept = (here + r) * row
+                c_before = (old + r if keep else first + r) * carry_row
+                c_after = (new + r if keep else first + r) * carry_row
                 for u in range(low, min(high, size), w):
                     tape_new, carry_new = gates(
                         cell,
                         load_tape(cell, tape, kept + u, run),
-                        load_n(h, here + u, size - u),
-                        load_carry(cell, carry, before + u, run),
+                        load_n(h, before + u, size - u),
+                        load_carry(cell, carry, c_before + u, run),
                     )
                     store_runs(tape, kept + u, run, tape_new)
-                    store_runs(carry, after + u, run, carry_new)
+                    store_runs(carry, c_after + u, run, carry_new)
                 for u in range(low, min(high, size), w):
                     h_new, tape_new = output(
                         cell,
                         load_tape(cell, tape, kept + u, run),
-                        load_n(h, here + u, size - u),
-                        load_carry(cell, carry, after + u, run),
+                        load_n(h, before + u, size - u),
+                        load_carry(cell, carry, c_after + u, run),
                     )
                     store_runs(tape, kept + u, run, tape_new)
-                    store_n(h, there + u, h_new, size - u)
+                    store_n(h, after + u, h_new, size - u)
             if together:
                 arrive(meeting, part, t + 1)
     restore_denormals(mode)
 
 
 @kernel
-def backward_slice(part, parts, meeting, cell, tail, d_output, w_h, h, carry, tape, d_h, d_carry):
+def backward_slice(
+    part, parts, meeting, cell, tail, starts, ends, d_output, w_h, h, carry, tape, d_h, d_carry
+):  # fmt: skip
     """Turn the tape into gradients of the gates, for the part'th slice.
 
-    d_output  (T, B, H), or (1, 1, H): the same for all
+    d_output  (N, H), or (1, H): the same for all
     w_h       packed by `pack`
     d_h, d_carry  (B, Hp), (B, carries*Hp): gradient of the final state in, of the initial state out
     """
@@ -181,41 +217,42 @@ def backward_slice(part, parts, meeting, cell, tail, d_output, w_h, h, carry, ta
         if parts == 0:
             return
     mode = flush_denormals()
-    steps, batch = h.shape[0] - 1, h.shape[1]
-    size = h.shape[2]
+    steps = starts.size - 2
+    size = h.shape[1]
     w = width_of(h)
     run = (size + w - 1) // w * w
-    row = tape.shape[2]
+    row = tape.shape[1]
     depth = w_h.size // run
-    carry_row = carry.shape[2]
-    first, rows, low, high = _slice(part, parts, meeting, batch, size, w)
+    carry_row = carry.shape[1]
+    first, columns, low, high = _slice(part, parts, meeting, ends, size, w)
     together = meeting.size > 0 and parts > 1
     end = min(high, size)
-    d_row = size if d_output.shape[1] > 1 or batch == 1 else 0
-    d_step = batch * size if d_output.shape[0] > 1 or steps == 1 else 0
+    d_row = size if d_output.shape[0] == tape.shape[0] else 0
     for t in range(steps - 1, -1, -1):
-        for b in range(first, first + rows):
-            here = (t * batch + b) * size
-            there = here + batch * size
-            kept = (t * batch + b) * row
-            before = (t * batch + b) * carry_row
-            after = before + batch * carry_row
+        rows = _active(starts, t, first, columns)
+        here = starts[t + 1] - starts[1] + first
+        old, new = starts[t] + first, starts[t + 1] + first
+        for r in range(rows):
+            before, after = (old + r) * size, (new + r) * size
+            c_before, c_after = (old + r) * carry_row, (new + r) * carry_row
+            kept = (here + r) * row
+            b = first + r
             for u in range(low, end, w):
-                gradient = load_n(d_output, t * d_step + b * d_row + u, size - u)
+                gradient = load_n(d_output, (here + r) * d_row + u, size - u)
                 d_gates, d_h_prev, d_carry_prev = backward(
                     cell,
                     load_tape(cell, tape, kept + u, run),
-                    load_n(h, here + u, size - u),
-                    load_n(h, there + u, size - u),
-                    load_carry(cell, carry, before + u, run),
-                    load_carry(cell, carry, after + u, run),
+                    load_n(h, before + u, size - u),
+                    load_n(h, after + u, size - u),
+                    load_carry(cell, carry, c_before + u, run),
+                    load_carry(cell, carry, c_after + u, run),
                     load(d_h, b * run + u) + gradient,
                     load_carry(cell, d_carry, b * carry_row + u, run),
                 )
                 store_runs(tape, kept + u, run, d_gates)
                 store(d_h, b * run + u, d_h_prev)
                 store_runs(d_carry, b * carry_row + u, run, d_carry_prev)
-        d_a = at(tape, (t * batch + first) * row + tail * run)
+        d_a = at(tape, here * row + tail * run)
         if together:
             arrive(meeting, part, steps - t)
             wait(meeting, parts, steps - t)
@@ -228,7 +265,9 @@ def _input_gradient(part, parts, x, tape, n, w_x, zeros, d_x):
     """d_x from the gate gradients of x, for a slice of rows."""
 
 
-def _weight_gradients(part, parts, tail, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h):
+def _weight_gradients(
+    part, parts, tail, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+):  # fmt: skip
     """Add to the gradients of weights and biases, for a slice of gate blocks."""
 
 
@@ -237,7 +276,7 @@ def _input_gradient_overload(part, parts, x, tape, n, w_x, zeros, d_x):
     def dense(part, parts, x, tape, n, w_x, zeros, d_x):
         rows = d_x.shape[0]
         size = zeros.size
-        row = tape.shape[2]
+        row = tape.shape[1]
         first = rows * part // parts
         m = rows * (part + 1) // parts - first
         multiply(
@@ -273,9 +312,11 @@ def _first_block(part, parts, order, runs, blocks, m_x, m_h):
 
 
 @helper
-def _add_both(part, parts, tail, x, m_x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h):
+def _add_both(
+    part, parts, tail, rows, before, x, m_x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+):  # fmt: skip
     """`accumulate` for W_x (if m_x is not 0) and W_h."""
-    steps, batch, size = h.shape[0] - 1, h.shape[1], h.shape[2]
+    size = h.shape[1]
     w = width_of(h)
     blocks = (size + w - 1) // w
     runs = max(order_x.size, tail + order_h.size)
@@ -287,8 +328,8 @@ def _add_both(part, parts, tail, x, m_x, h, tape, order_x, order_h, d_w_x, d_w_h
     end = _first_block(part + 1, parts, order, runs, blocks, m_x, size)
     panel, strips = panel_scratch(h, m_x, size), strip_scratch(h)
     accumulate(
-        steps, batch, at(tape, 0), tape.shape[2], size, runs, at(order, 0), first, end,
-        at(x, 0), m_x, at(d_w_x, 0), at(d_b_x, 0),
+        rows.size, at(rows, 0), at(before, 0), at(tape, 0), tape.shape[1], size, runs, at(order, 0),
+        first, end, at(x, 0), m_x, at(d_w_x, 0), at(d_b_x, 0),
         at(h, 0), size, at(d_w_h, 0), at(d_b_h, 0), at(panel, 0), at(strips, 0),
     )  # fmt: skip
     keep_alive(order)
@@ -298,36 +339,46 @@ def _add_both(part, parts, tail, x, m_x, h, tape, order_x, order_h, d_w_x, d_w_h
 
 @overload(_weight_gradients)
 def _weight_gradients_overload(
-    part, parts, tail, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
-):
-    def dense(part, parts, tail, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h):
-        inputs = x.shape[2]
+    part, parts, tail, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+):  # fmt: skip
+    def dense(
+        part, parts, tail, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+    ):  # fmt: skip
         _add_both(
-            part, parts, tail, x, inputs, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
-        )
+            part, parts, tail, rows, before, x, x.shape[1], h, tape, order_x, order_h,
+            d_w_x, d_w_h, d_b_x, d_b_h,
+        )  # fmt: skip
 
-    def tokens(part, parts, tail, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h):
+    def tokens(
+        part, parts, tail, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+    ):  # fmt: skip
         w = width_of(h)
         n = d_b_x.size
         first, end = n // w * part // parts * w, n // w * (part + 1) // parts * w
-        scatter(x, tape, 0, tape.shape[2], n, first, end, d_w_x, d_b_x)
-        _add_both(part, parts, tail, h, 0, h, tape, order_x, order_h, d_w_h, d_w_h, d_b_h, d_b_h)
+        scatter(x, rows, tape, 0, tape.shape[1], n, first, end, d_w_x, d_b_x)
+        _add_both(
+            part, parts, tail, rows, before, h, 0, h, tape, order_x, order_h,
+            d_w_h, d_w_h, d_b_h, d_b_h,
+        )  # fmt: skip
 
     return tokens if isinstance(x.dtype, types.Integer) else dense
 
 
 @kernel
 def gradients(
-    part, parts, tail, x, h, tape, order_x, order_h, w_x, zeros, d_x, d_w_x, d_w_h, d_b_x, d_b_h
-):
+    part, parts, tail, rows, before, x, h, tape, order_x, order_h, w_x, zeros,
+    d_x, d_w_x, d_w_h, d_b_x, d_b_h,
+):  # fmt: skip
     """Add the gradients of all weights, and fill d_x, from the gate gradients on the tape.
 
-    Dense input: d_w_x (G*H, I), d_b_x (G*H,) in PyTorch's gate order; d_x (T*B, I) or (0, I) if it
+    Dense input: d_w_x (G*H, I), d_b_x (G*H,) in PyTorch's gate order; d_x (N, I) or (0, I) if it
     is not wanted; w_x packed by `pack`. Tokens: d_w_x (V, G*Hp), d_b_x (G*Hp,) in the tape's order.
     """
     mode = flush_denormals()
-    _weight_gradients(part, parts, tail, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h)
+    _weight_gradients(
+        part, parts, tail, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+    )
     w = width_of(h)
-    run = (h.shape[2] + w - 1) // w * w
+    run = (h.shape[1] + w - 1) // w * w
     _input_gradient(part, parts, x, tape, order_x.size * run, w_x, zeros, d_x)
     restore_denormals(mode)

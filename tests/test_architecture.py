@@ -25,7 +25,7 @@ LEVELS = (
     {"jit", "parallel", "memory", "checks", "text", "checkpoint"},
     {"simd"},
     {"vmath", "tile", "meeting"},
-    {"gemm"},
+    {"gemm", "layout"},
     {"cells", "dropout", "loss", "optim", "clip", "units"},
     {"pack"},
     {"recurrence", "module", "stepper"},

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fastrnn import gemm
 from fastrnn.cells import GRU
 from fastrnn.jit import kernel
+from fastrnn.layout import even
 from fastrnn.pack import pack, pack_bias, pack_transposed
 from fastrnn.simd import at, broadcast, fma, lanes, store
 
@@ -29,19 +30,20 @@ def _multiply(
 
 @kernel
 def _accumulate(
-    steps, batch, d, d_at, d_row, size, runs, order, first, end,
+    rows, rows_h, d, d_at, d_row, size, runs, order, first, end,
     x, m_x, out_x, sums_x, h, m_h, out_h, sums_h, panel, strips,
 ):  # fmt: skip
     gemm.accumulate(
-        steps, batch, at(d, d_at), d_row, size, runs, at(order, 0), first, end,
+        rows.size, at(rows, 0), at(rows_h, 0),
+        at(d, d_at), d_row, size, runs, at(order, 0), first, end,
         at(x, 0), m_x, at(out_x, 0), at(sums_x, 0),
         at(h, 0), m_h, at(out_h, 0), at(sums_h, 0), at(panel, 0), at(strips, 0),
     )  # fmt: skip
 
 
 @kernel
-def _scatter(tokens, d, d_at, d_row, n, first, end, out, sums):
-    gemm.scatter(tokens, d, d_at, d_row, n, first, end, out, sums)
+def _scatter(tokens, rows, d, d_at, d_row, n, first, end, out, sums):
+    gemm.scatter(tokens, rows, d, d_at, d_row, n, first, end, out, sums)
 
 
 @kernel
@@ -270,6 +272,7 @@ def check_accumulate(dtype, T, B, size, m_x, m_h, rng, order=((0,), (0,)), gap=0
     panel = np.full(registers * w + w, np.nan, dtype)
     strips = np.full(gemm.GROUP * gemm.RUN * gemm.STRIP * w + w, np.nan, dtype)
     panel[-w:] = strips[-w:] = CANARY
+    rows = rng.permutation(T * B), rng.permutation(T * B)
     sides = []
     for gates, m in zip(order, (m_x, m_h), strict=True):
         count = (max(gates) + 1) * size
@@ -280,28 +283,30 @@ def check_accumulate(dtype, T, B, size, m_x, m_h, rng, order=((0,), (0,)), gap=0
         sides.append((x, m, out, sums, out[w:-w].reshape(count, m).copy(), sums[w:-w].copy()))
     for part in range(parts):
         _accumulate(
-            T, B, memory, d_at, d_row, size, runs, np.array(order).reshape(-1),
+            *rows, memory, d_at, d_row, size, runs, np.array(order).reshape(-1),
             runs * blocks * part // parts, runs * blocks * (part + 1) // parts,
             *(a for x, m, out, sums, *_ in sides for a in (x, m, out[w:-w], sums[w:-w])),
             panel, strips,
         )  # fmt: skip
     for array in (panel, strips):
         assert (array[-w:] == CANARY).all()
-    for gates, (x, m, out, sums, want, want_sums) in zip(order, sides, strict=True):
+    d = d.reshape(T * B, runs, run)[rows[0]]
+    for gates, side, found in zip(order, sides, rows, strict=True):
+        x, m, out, sums, want, want_sums = side
         for array in (out, sums):
             assert (array[:w] == CANARY).all()
             assert (array[-w:] == CANARY).all()
-        rows = backward_order(x[: T * B * m].reshape(T, B, m)) if m else np.empty((T * B, 0), dtype)
+        x = x[: T * B * m].reshape(T * B, m)[found]
         for run_number, gate in enumerate(gates):
             if gate < 0:
                 continue
-            part = backward_order(d[:, :, run_number, :size])
+            part = d[:, run_number, :size]
             here = slice(gate * size, (gate + 1) * size)
             start = want[here].copy()
-            want[here] = chain(part.T, rows, start)
+            want[here] = chain(part.T, x, start)
             # accumulate adds one after the other, unlike sum
             want_sums[here] = np.add.accumulate(np.vstack([want_sums[here], part]))[-1]
-            exact = part.T.astype(np.float64) @ rows.astype(np.float64) + start
+            exact = part.T.astype(np.float64) @ x.astype(np.float64) + start
             agree(want[here], exact, dtype, T * B)
         same(out[w:-w].reshape(want.shape), want, f"T {T} B {B} size {size} m {m}")
         same(sums[w:-w], want_sums, "sums")
@@ -388,7 +393,8 @@ def test_scatter(dtype, T, B, parts, rng):
         blocks = -(-n // w)
         for part in range(parts):
             first, end = blocks * part // parts * w, min(n, blocks * (part + 1) // parts * w)
-            _scatter(tokens, memory, d_at, d_row, n, first, end, out[1:-1], sums)
+            order = even(T, B).rows
+            _scatter(tokens.reshape(-1), order, memory, d_at, d_row, n, first, end, out[1:-1], sums)
         same(out, want)
         same(sums, want_sums)
 
@@ -436,8 +442,10 @@ def test_affine_gradients(dtype, need_d_x, rng):
             d_weight, d_bias = start.copy(), start_bias.copy()
             d_x = np.full((T * B if need_d_x else 0, n_in), np.nan, dtype)
             for part in range(parts):
+                flat = [array.reshape(T * B, -1) for array in (x, d_y)]
+                packed = pack(weight, (0,), n_out)
                 gemm.affine_gradients(
-                    part, parts, x, d_y, pack(weight, (0,), n_out), zeros, d_x, d_weight, d_bias
+                    part, parts, even(T, B).rows, *flat, packed, zeros, d_x, d_weight, d_bias
                 )
             same(d_weight, want)
             same(d_bias, want_bias)

@@ -299,11 +299,6 @@ def test_bad_input_of_a_batch_first_layer_is_told_in_its_terms():
         rnn.backward(saved, zeros(T, B, H))
 
 
-def test_lengths_are_not_there_yet():
-    with pytest.raises(ValueError, match=says("lengths", "None")):
-        fastrnn.GRU(n_in, H)(zeros(T, B, n_in), None, [1, 2, 3])
-
-
 def bad_states():
     good = zeros(1, B, H)
     yield fastrnn.GRU, zeros(B, H), ValueError, ("state:", "(1, 3, 6)", "(3, 6)")

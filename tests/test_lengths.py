@@ -1,0 +1,247 @@
+"""Sequences of different lengths: what each would give alone, whatever stands beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import (
+    as_parts,
+    as_state,
+    compare,
+    each_cell,
+    each_dtype,
+    expected,
+    make_problem,
+    same,
+    same_results,
+    threads,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastrnn
+from fastrnn.cells import CELLS
+from fastrnn.layout import even, of_lengths
+
+LENGTHS = [(3, 7, 0, 7, 1), (0, 0), (4,), (7, 7, 7), (1, 2, 3, 4, 5, 6, 7), (0, 7)]
+
+
+def run(problem, lengths, grads=None, *, keep=True, rows=slice(None)):
+    """Every array that forward and backward give."""
+    rnn, state = problem.rnn, as_state(problem.state)
+    if not keep:
+        output, final = rnn(problem.x, state, lengths)
+        return {"output": output} | named("final", problem, final)
+    output, final, saved = rnn.forward(problem.x, state, lengths, seed=3)
+    results = {"output": output.copy()} | named("final", problem, final)
+    d_output = np.full_like(problem.d_output, np.nan)
+    # What comes in at padded steps is ignored, even NaN.
+    for b, length in enumerate(lengths):
+        d_output[:length, b] = problem.d_output[:length, b]
+    d_x, d_first, grads = rnn.backward(saved, d_output, as_state(problem.d_state), grads)
+    results |= named("d initial", problem, d_first)
+    return results | ({} if d_x is None else {"d x": d_x}) | grads
+
+
+def named(kind, problem, state):
+    parts = zip(problem.names, as_parts(state), strict=True)
+    return {f"{kind} {name}": part for name, part in parts}
+
+
+def one_by_one(problem, lengths):
+    """The same by the reference, a sequence at a time."""
+    T, B = problem.x.shape[:2]
+    total = None
+    for b, length in enumerate(lengths):
+        alone = problem.piece(slice(0, max(length, 1)), slice(b, b + 1))
+        found = expected(alone)
+        if total is None:
+            total = {key: np.zeros_like(value) for key, value in found.items()}
+            for key, value in found.items():
+                if key in ("output", "d x"):
+                    total[key] = np.zeros((T, B, value.shape[2]))
+                elif " " in key:
+                    total[key] = np.zeros((value.shape[0], B, value.shape[2]))
+        for i, name in enumerate(problem.names):
+            if length == 0:
+                found[f"final {name}"] = alone.state[i]
+                found[f"d initial {name}"] = alone.d_state[i]
+        for key, value in found.items():
+            if key in ("output", "d x"):
+                total[key][:length, b] = value[:length, 0]
+            elif " " in key:
+                total[key][:, b] = value[:, 0]
+            elif length:
+                total[key] += value
+    return total
+
+
+@each_cell
+@each_dtype
+@pytest.mark.parametrize("tokens", [False, True], ids=["dense", "tokens"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_each_sequence_is_alone(cell, dtype, tokens, lengths):
+    problem = make_problem(cell, 7, len(lengths), 5, 19, layers=2, tokens=tokens, dtype=dtype)
+    got = run(problem, lengths)
+    for b, length in enumerate(lengths):
+        assert (got["output"][length:, b] == 0).all()
+        assert tokens or (got["d x"][length:, b] == 0).all()
+    if not any(lengths):
+        for name, first, d_last in zip(problem.names, problem.state, problem.d_state, strict=True):
+            same(got[f"final {name}"], first)
+            same(got[f"d initial {name}"], d_last)
+        assert all((got[key] == 0).all() for key in problem.rnn.params)
+        return
+    compare(problem, got, one_by_one(problem, lengths))
+    if not tokens:
+        without = run(problem, lengths, keep=False)
+        same_results(without, {key: got[key] for key in without})
+
+
+@each_cell
+@each_dtype
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_the_same_bits_for_any_number_of_threads(cell, dtype, lengths, count):
+    problem = make_problem(cell, 7, len(lengths), 5, 33, layers=2, dtype=dtype)
+    want = run(problem, lengths)
+    with threads(count):
+        same_results(run(problem, lengths), want)
+        without = run(problem, lengths, keep=False)
+    same_results(without, {key: want[key] for key in without})
+
+
+@each_cell
+def test_all_of_one_length_are_as_without(cell):
+    problem = make_problem(cell, 7, 5, 5, 19, layers=2)
+    with_lengths = run(problem, [7] * 5)
+    output, _, saved = problem.rnn.forward(problem.x, as_state(problem.state))
+    same(with_lengths["output"], output)
+    d_x, _, grads = problem.rnn.backward(saved, problem.d_output, as_state(problem.d_state))
+    same(with_lengths["d x"], d_x)
+    same_results({key: with_lengths[key] for key in grads}, grads)
+
+
+@each_cell
+@pytest.mark.parametrize("lengths", LENGTHS[:1], ids=str)
+def test_a_sequence_is_the_same_in_any_company(cell, lengths):
+    problem = make_problem(cell, 7, len(lengths), 5, 19, layers=2)
+    whole = run(problem, lengths)
+    for b, length in enumerate(lengths):
+        alone = run(problem.piece(slice(None), slice(b, b + 1)), [length])
+        for key in alone:
+            if " " in key or key == "output":
+                same(np.ascontiguousarray(whole[key][:, b : b + 1]), alone[key], key)
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=9),
+    st.integers(1, 8),
+    st.sampled_from(sorted(CELLS)),
+    st.booleans(),
+)
+def test_pieces_are_the_whole(lengths, cut, cell, tokens):
+    problem = make_problem("lstm" if "relu" in cell else cell, 9, len(lengths), 4, 5, tokens=tokens)
+    want = run(problem, lengths)
+    early = [min(n, cut) for n in lengths]
+    late = [n - m for n, m in zip(lengths, early, strict=True)]
+    rnn = problem.rnn
+    y1, state, first = rnn.forward(problem.x[:cut], as_state(problem.state), early)
+    y2, final, second = rnn.forward(problem.x[cut:], state, late)
+    d2, d_state, grads = rnn.backward(second, problem.d_output[cut:], as_state(problem.d_state))
+    d1, d_first, grads = rnn.backward(first, problem.d_output[:cut], d_state, grads)
+    got = {"output": np.concatenate([y1, y2])}
+    got |= named("final", problem, final) | named("d initial", problem, d_first)
+    got |= {} if tokens else {"d x": np.concatenate([d1, d2])}
+    same_results(got | grads, want)
+
+
+@each_cell
+def test_dropout_is_that_of_the_step_and_the_sequence(cell):
+    lengths = LENGTHS[0]
+    problem = make_problem(cell, 7, len(lengths), 5, 19, layers=3, dropout=0.5)
+    padded, _, _ = problem.rnn.forward(problem.x, as_state(problem.state), seed=3)
+    for b, length in enumerate(lengths):
+        same(run(problem, lengths)["output"][:length, b], padded[:length, b])
+
+
+def test_against_packed_sequences():
+    torch = pytest.importorskip("torch")
+    lengths = [3, 7, 2, 7, 1]
+    problem = make_problem("lstm", 7, 5, 4, 6, layers=2)
+    theirs = torch.nn.LSTM(4, 6, 2, dtype=torch.float64)
+    theirs.load_state_dict({k: torch.from_numpy(v) for k, v in problem.rnn.params.items()})
+    x = torch.tensor(problem.x, requires_grad=True)
+    pack, unpack = torch.nn.utils.rnn.pack_padded_sequence, torch.nn.utils.rnn.pad_packed_sequence
+    state = tuple(torch.tensor(s, requires_grad=True) for s in problem.state)
+    packed, final = theirs(pack(x, torch.tensor(lengths), enforce_sorted=False), state)
+    output, _ = unpack(packed)
+    loss = (output * torch.from_numpy(problem.d_output)).sum()
+    for part, d in zip(final, problem.d_state, strict=True):
+        loss = loss + (part * torch.from_numpy(d)).sum()
+    loss.backward()
+    got = run(problem, lengths)
+    want = {"output": output, "final h": final[0], "final c": final[1], "d x": x.grad}
+    want |= {"d initial h": state[0].grad, "d initial c": state[1].grad}
+    want |= {key: p.grad for key, p in theirs.named_parameters()}
+    for key, value in want.items():
+        np.testing.assert_allclose(got[key], value.detach().numpy(), rtol=1e-9, atol=1e-11)
+
+
+def test_a_mask_says_the_same():
+    lengths = [3, 7, 0, 5]
+    gru = fastrnn.GRU(5, 6, dtype=np.float64, seed=0)
+    first = fastrnn.GRU(5, 6, dtype=np.float64, seed=0, batch_first=True)
+    x = np.random.default_rng(0).standard_normal((7, 4, 5))
+    want, state = gru(x, lengths=lengths)
+    mask = np.arange(7)[:, None] < np.array(lengths)
+    same(gru(x, lengths=mask)[0], want)
+    got, last = first(x.swapaxes(0, 1), lengths=mask.T)
+    same(np.ascontiguousarray(got.swapaxes(0, 1)), want)
+    same(last, state)
+    one, last = gru(x[:, 0], lengths=3)
+    same(np.ascontiguousarray(one), np.ascontiguousarray(want[:, 0]))
+    same(np.ascontiguousarray(last), np.ascontiguousarray(state[:, 0]))
+    same(np.ascontiguousarray(gru(x[:, 0], lengths=mask[:, 0])[0]), np.ascontiguousarray(one))
+
+
+BAD = [
+    ([1, 2, 8], ValueError, "from 0 to T = 7, got 8"),
+    ([1, -2, 7], ValueError, "from 0 to T = 7, got -2"),
+    ([1, 2], ValueError, r"expected shape \(B\) = \(3\), got \(2,\)"),
+    ([1.0, 2.0, 3.0], TypeError, "expected integers or a boolean mask, got float64"),
+    (np.arange(7)[:, None] >= np.arange(3), ValueError, "sequence 1; move the padding to the end"),
+    (np.ones((3, 7), bool), ValueError, r"expected shape \(T, B\) = \(7, 3\), got \(3, 7\)"),
+]
+
+
+@pytest.mark.parametrize(("lengths", "error", "words"), BAD, ids=str)
+def test_what_lengths_may_be(lengths, error, words):
+    gru = fastrnn.GRU(5, 6)
+    with pytest.raises(error, match="lengths: .*" + words):
+        gru(np.zeros((7, 3, 5), np.float32), lengths=lengths)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8))
+def test_a_layout_has_each_step_once(lengths):
+    layout = of_lengths(np.array(lengths))
+    T, B = max(lengths), len(lengths)
+    steps = [(t, b) for t in range(T) for b in range(B) if lengths[b] > t]
+    assert sorted(layout.source) == [t * B + b for t, b in steps]
+    # Backwards in time, then in the caller's order.
+    order = sorted(steps, key=lambda step: (-step[0], step[1]))
+    assert list(layout.source[layout.rows]) == [t * B + b for t, b in order]
+    column = {b: i for i, b in enumerate(layout.columns)}
+    assert list(layout.before) == [layout.starts[t] + column[b] for t, b in order]
+    assert [layout.last[column[b]] for b in range(B)] == [
+        layout.starts[n] + column[b] for b, n in enumerate(lengths)
+    ]
+    assert list(np.diff(layout.ends)) == sorted(lengths, reverse=True)
+
+
+def test_even_is_the_plain_order():
+    layout = even(3, 2)
+    assert list(layout.source) == list(range(6))
+    assert list(layout.starts) == [0, 2, 4, 6, 8]
+    assert list(layout.rows) == [4, 5, 2, 3, 0, 1]
+    assert list(layout.before) == [4, 5, 2, 3, 0, 1]
