@@ -133,24 +133,8 @@ def as_tokens(
     return for_kernel(array, np.int32)
 
 
-def as_lengths(value: Any, steps: int, batch: int, mask: str = "(T, B)") -> np.ndarray:
-    """How many steps each of `batch` sequences has, from 0 to `steps`.
-
-    From (B,) integers, or from a boolean mask of shape `mask` that is True where there is a step,
-    and False from the sequence's end on.
-    """
-    array = as_array("lengths", value)
-    if array.dtype.kind == "b":
-        time_first = mask == "(T, B)"
-        check_shape("lengths", array, (steps, batch) if time_first else (batch, steps), mask)
-        there = array if time_first else array.T
-        if (there[1:] > there[:-1]).any():
-            b = int(np.argwhere((there[1:] > there[:-1]).any(axis=0))[0, 0])
-            raise ValueError(
-                "lengths: expected a mask that is True up to each sequence's end and False after "
-                f"it, got one that is True again in sequence {b}; move the padding to the end"
-            )
-        return there.sum(axis=0)
+def as_lengths(array: np.ndarray, steps: int, batch: int) -> np.ndarray:
+    """How many steps each of `batch` sequences has: (B,) integers from 0 to `steps`."""
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths: expected integers or a boolean mask, got {array.dtype}")
     check_shape("lengths", array, (batch,), "(B)")
@@ -159,6 +143,26 @@ def as_lengths(value: Any, steps: int, batch: int, mask: str = "(T, B)") -> np.n
         wrong = low if low < 0 else high
         raise ValueError(f"lengths: expected numbers from 0 to T = {steps}, got {wrong}")
     return array.astype(np.intp)
+
+
+def mask_lengths(mask: np.ndarray) -> np.ndarray:
+    """The same from a mask (T, B) that is True up to each sequence's end and False after it."""
+    again = (mask[1:] > mask[:-1]).any(axis=0)
+    if again.any():
+        raise ValueError(
+            "lengths: expected a mask that is True up to each sequence's end and False after it, "
+            f"got one that is True again in sequence {int(again.argmax())}; "
+            "move the padding to the end"
+        )
+    return mask.sum(axis=0)
+
+
+def as_flags(name: str, value: Any) -> np.ndarray:
+    """Booleans, also as the numbers 0 and 1."""
+    array = as_array(name, value)
+    if not ((array == 0) | (array == 1)).all():
+        raise ValueError(f"{name}: expected True or False (1 or 0), got other numbers")
+    return array.astype(bool)
 
 
 def as_token(name: str, value: Any, size: int) -> int:

@@ -21,12 +21,15 @@ from fastrnn.checks import (
     as_array,
     as_choice,
     as_dtype,
+    as_flags,
     as_floats,
     as_lengths,
     as_number,
     as_seed,
     as_size,
     as_tokens,
+    check_shape,
+    mask_lengths,
 )
 from fastrnn.dropout import dropout
 from fastrnn.layout import Layout, even, of_lengths
@@ -151,10 +154,17 @@ class _Recurrent(Module):
         )
 
     def __call__(
-        self, x: Any, state: State = None, lengths: Any = None, *, vectors: Any = None
+        self,
+        x: Any,
+        state: State = None,
+        lengths: Any = None,
+        *,
+        resets: Any = None,
+        vectors: Any = None,
     ) -> tuple[np.ndarray, State]:
         """Run over a sequence and keep nothing: `(output, state)`; see `forward`."""
-        output, state, _ = self._forward(x, state, lengths, vectors, keep=False, seed=None)
+        done = self._forward(x, state, lengths, resets, vectors, keep=False, seed=None)
+        output, state, _ = done
         return output, state
 
     def forward(
@@ -163,6 +173,7 @@ class _Recurrent(Module):
         state: State = None,
         lengths: Any = None,
         *,
+        resets: Any = None,
         vectors: Any = None,
         seed: int | None = None,
     ) -> tuple[np.ndarray, State, Saved]:
@@ -171,6 +182,12 @@ class _Recurrent(Module):
         x       (T, B, input_size), or (B, T, input_size) with batch_first; or integers (T, B):
                 tokens below input_size, as if one-hot. Without the B axis: one sequence.
         state   initial state, (num_layers, B, H), for the LSTM a pair (h, c); zeros by default
+        lengths (B,) integers from 0 to T in any order, how many steps of each sequence count; or a
+                boolean mask (T, B), True up to each sequence's end. After its end the output is 0
+                and gradients that come in are ignored; the final state is that at the end, of an
+                empty sequence the initial one. Time follows the sum of the lengths
+        resets  (T, B), True where the state is to be zero before the step: where another document
+                or episode begins. Its parts run side by side
         vectors (V, input_size): x are tokens below V, and the input is vectors[x], which is never
                 made: V products instead of T*B. The same bits as with vectors[x]; d_x is then the
                 gradient of vectors, which like that of weight_ih is summed up by token first
@@ -178,10 +195,18 @@ class _Recurrent(Module):
         Returns output (T, B, H), the final state, and what `backward` needs. The output is
         read-only, x and vectors must not change until then: backward reads them.
         """
-        return self._forward(x, state, lengths, vectors, keep=True, seed=seed)
+        return self._forward(x, state, lengths, resets, vectors, keep=True, seed=seed)
 
     def _forward(
-        self, x: Any, state: State, lengths: Any, vectors: Any, *, keep: bool, seed: int | None
+        self,
+        x: Any,
+        state: State,
+        lengths: Any,
+        resets: Any,
+        vectors: Any,
+        *,
+        keep: bool,
+        seed: int | None,
     ) -> tuple[np.ndarray, State, Any]:
         self.check_params()
         if vectors is not None:
@@ -192,9 +217,9 @@ class _Recurrent(Module):
             # Backward writes where the tokens say: they must still be the ones that were checked.
             x = x.copy()
         steps, batch = x.shape[:2]
-        layout = self._layout(lengths, steps, batch, unbatched)
+        layout = self._layout(lengths, resets, steps, batch, unbatched)
         x = layout.gather(x.reshape(steps * batch, *x.shape[2:]))
-        states = [s[:, layout.columns] for s in self._initial(state, batch, unbatched)]
+        states = [layout.begin(s) for s in self._initial(state, batch, unbatched)]
         seed = as_seed(seed)
         if keep and self.dropout and self.num_layers > 1 and seed is None:
             seed = int(self._seeds.integers(2**63))
@@ -207,16 +232,14 @@ class _Recurrent(Module):
             done = self._run_layer(layer, layout, x, vectors, [s[layer] for s in states], keep)
             done.seed = (seed or 0) + layer
             saved.append(done)
-            x, vectors = done.h[batch:], None
+            x, vectors = done.h[layout.columns :], None
         run_length = padded(self.hidden_size, self.dtype)
         last = [np.array([s.h[layout.last] for s in saved])]
         # Without a tape there is but the latest of each column.
-        rows = layout.last if keep else slice(None)
+        rows = layout.last if keep else layout.final
         for i in range(self.cell.carries):
             at = slice(i * run_length, i * run_length + self.hidden_size)
             last.append(np.array([s.carry[rows, at] for s in saved]))
-        back = np.argsort(layout.columns)
-        last = [part[:, back] for part in last]
         result = Saved(self._kind(), saved, layout, steps, unbatched) if keep else None
         output = layout.scatter(x, steps).reshape(steps, batch, self.hidden_size)
         output = self._outward(output, unbatched)
@@ -224,15 +247,31 @@ class _Recurrent(Module):
         output.flags.writeable = not keep
         return output, self._state_out(last, unbatched), result
 
-    def _layout(self, lengths: Any, steps: int, batch: int, unbatched: bool) -> Layout:
-        if lengths is None:
+    def _layout(self, lengths: Any, resets: Any, steps: int, batch: int, unbatched: bool) -> Layout:
+        """Where the steps are that count."""
+        if lengths is None and resets is None:
             return even(steps, batch)
-        names = "(B, T)" if self.batch_first and not unbatched else "(T, B)"
-        array = as_array("lengths", lengths)
-        if unbatched:
-            # Of one sequence: a number, or a mask (T,).
-            array = array.reshape(-1, 1) if array.dtype == bool else array.reshape(-1)
-        return of_lengths(as_lengths(array, steps, batch, names))
+
+        def time_major(name: str, array: np.ndarray) -> np.ndarray:
+            shape: tuple = (steps, batch)
+            names = "(T, B)"
+            if unbatched:
+                shape, names = (steps,), "(T)"
+            elif self.batch_first:
+                shape, names = (batch, steps), "(B, T)"
+            check_shape(name, array, shape, names)
+            return array.reshape(batch, steps).T if unbatched or self.batch_first else array
+
+        counts = np.full(batch, steps)
+        if lengths is not None:
+            array = as_array("lengths", lengths)
+            if array.dtype == bool:
+                counts = mask_lengths(time_major("lengths", array))
+            else:
+                counts = as_lengths(array.reshape(-1) if unbatched else array, steps, batch)
+        if resets is None:
+            return of_lengths(counts)
+        return of_lengths(counts, time_major("resets", as_flags("resets", resets)))
 
     def _run_layer(
         self,
@@ -244,27 +283,28 @@ class _Recurrent(Module):
         keep: bool,
     ) -> _Saved:
         cell, size, dtype = self.cell, self.hidden_size, self.dtype
-        batch, count = layout.batch, layout.count
+        columns, count = layout.columns, layout.count
         hidden = padded(size, dtype)
         weight_x, weight_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
         tokens = x.dtype == np.int32
         work = count * cell.gates * hidden * (size + (0 if tokens else weight_x.shape[1]))
         row = cell.tape * hidden
-        meet = parts_of_units(cell, layout.steps, batch, size, dtype)
+        meet = parts_of_units(cell, layout.steps, columns, size, dtype)
         if meet > 1:
-            rows, columns = batch, row // meet
+            rows, width = columns, row // meet
         else:
-            parts = parts_for(work, batch)
-            rows, columns = -(-batch // parts), row
-        chunk = max(_CHUNK_BYTES // (rows * columns * dtype.itemsize), gemm.HEIGHT // rows)
+            parts = parts_for(work, columns)
+            rows, width = -(-columns // parts), row
+        chunk = max(_CHUNK_BYTES // (rows * width * dtype.itemsize), gemm.HEIGHT // rows)
         chunk = max(1, min(layout.steps, chunk))
-        h = empty((batch + count, size), dtype)
-        h[:batch] = states[0]
-        carry = empty((batch + count if keep else batch, cell.carries * hidden), dtype)
-        carry[:batch] = 0
+        h = empty((columns + count, size), dtype)
+        h[:columns] = 0
+        h[layout.first] = states[0]
+        carry = empty((columns + count if keep else columns, cell.carries * hidden), dtype)
+        carry[:columns] = 0
         for i, value in enumerate(states[1:]):
-            carry[:batch, i * hidden : i * hidden + size] = value
-        tape = empty((count if keep else min(count, chunk * batch), row), dtype)
+            carry[layout.first, i * hidden : i * hidden + size] = value
+        tape = empty((count if keep else min(count, chunk * columns), row), dtype)
         b_x, b_h = self.params.get(f"bias_ih_l{layer}"), self.params.get(f"bias_hh_l{layer}")
         bias = pack_bias(cell, size, dtype, b_x, b_h)
         if vectors is None:
@@ -274,7 +314,7 @@ class _Recurrent(Module):
         else:
             packed = pack_vectors(weight_x, cell.order_x, bias, vectors)
         packed_h = pack_transposed(weight_h, cell.order_h, apart=meet > 1)
-        arguments = (cell, cell.tail, chunk, int(keep), layout.starts, layout.ends)
+        arguments: tuple = (cell, cell.tail, chunk, int(keep), layout.starts, layout.ends)
         arguments += (x, packed, packed_h, bias, h, carry, tape)
         if meet > 1:
             together(recurrence.forward_slice, meet, *arguments)
@@ -363,12 +403,13 @@ class _Recurrent(Module):
         for layer in reversed(range(self.num_layers)):
             s = layers[layer]
             want = need_d_x or layer > 0
-            d_last = [d[layer, layout.columns] for d in d_states]
+            d_last = [d[layer] for d in d_states]
             d_y, last = self._run_backward(layer, layout, s, d_y, d_last, grads, want)
             for total, value in zip(d_initial, last, strict=True):
-                total[layer, layout.columns] = value
+                total[layer] = value
             if layer and self.dropout:
                 dropout(d_y, self.dropout, s.seed, d_y, layout)
+        d_initial = [layout.begin(total) for total in d_initial]
         d_x = None
         if need_d_x and layers[0].vectors is not None:
             d_x = d_y
@@ -388,25 +429,25 @@ class _Recurrent(Module):
         want_d_x: bool,
     ) -> tuple[np.ndarray, list]:
         cell, size, dtype = self.cell, self.hidden_size, self.dtype
-        steps, batch, count = layout.steps, layout.batch, layout.count
+        steps, columns, count = layout.steps, layout.columns, layout.count
         hidden = padded(size, dtype)
         tokens = s.x.dtype == np.int32
         weight_x, weight_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
         inputs = weight_x.shape[1]
-        d_h = np.zeros((batch, hidden), dtype)
-        d_h[:, :size] = d_last[0]
-        d_carry = np.zeros((batch, cell.carries * hidden), dtype)
+        d_h = np.zeros((columns, hidden), dtype)
+        d_h[layout.final, :size] = d_last[0]
+        d_carry = np.zeros((columns, cell.carries * hidden), dtype)
         for i, value in enumerate(d_last[1:]):
-            d_carry[:, i * hidden : i * hidden + size] = value
+            d_carry[layout.final, i * hidden : i * hidden + size] = value
         work = count * cell.gates * hidden * size
         packed = pack(weight_h, cell.order_h, hidden)
-        arguments = (cell, cell.tail, layout.starts, layout.ends)
+        arguments: tuple = (cell, cell.tail, layout.starts, layout.ends)
         arguments += (d_y, packed, s.h, s.carry, s.tape, d_h, d_carry)
-        meet = parts_of_units(cell, steps, batch, size, dtype)
+        meet = parts_of_units(cell, steps, columns, size, dtype)
         if meet > 1:
             together(recurrence.backward_slice, meet, *arguments)
         else:
-            parts = parts_for(work, batch)
+            parts = parts_for(work, columns)
             run(recurrence.backward_slice, parts, NOBODY, *arguments)
         d_w_x = grads[f"weight_ih_l{layer}"]
         unused = np.zeros(len(weight_x), dtype)
@@ -454,8 +495,10 @@ class _Recurrent(Module):
                     s.vectors, x_arguments[0], weight_x, d_w_x, want_d_x
                 )
             d_b_x.reshape(gates)[order] = sums[:, :size]
-        first = [d_h[:, :size]]
-        first += [d_carry[:, i * hidden : i * hidden + size] for i in range(cell.carries)]
+        first = [d_h[layout.first, :size]]
+        first += [
+            d_carry[layout.first, i * hidden : i * hidden + size] for i in range(cell.carries)
+        ]
         return d_x, first
 
     def _gradient_of_vectors(

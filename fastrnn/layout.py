@@ -1,41 +1,51 @@
 """Which row of memory is which step of which sequence.
 
-Steps lie one after the other without gaps: the first of every sequence, then the second of those
-that have one, and so on; sequences in an order of falling length, their *columns*. So the sequences
-that take a step are always the first ones. States lie likewise, with the initial ones before them.
+Steps lie one after the other without gaps: the first of every column, then the second of those that
+have one, and so on. A *column* is a sequence, or a part of one that begins with a state of its own;
+they stand in an order of falling length, so those that take a step are always the first ones.
+States lie likewise, with the initial ones before them.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 from fastrnn.memory import zeros
 
 
-class Layout(NamedTuple):
-    """Rows of N steps of B sequences, the longest of T.
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """N steps in C columns, from B sequences of an array (T, B, ...) of the caller's.
 
-    columns (B,): which of the caller's sequences each column is
-    source  (N,): which row of the caller's (S*B, ...) array each step is; S may be above T
-    starts  (T+2,): the states before step t begin at row starts[t], those after it, one for each
-            sequence that takes the step, at starts[t+1]; the steps themselves at
-            starts[t+1] - B
-    ends    (B+1,): how many steps the first 0, 1, ... columns have
-    rows    (N,): the steps in the order in which gradients are added up: back in time, at each
-            step in the caller's order of sequences
+    batch   B
+    plain   whether the steps are the caller's rows in the caller's order
+    source  (N,): which row of the caller's (T*B, ...) each step is
+    starts  (S+2,), S steps in the longest column: the states before step s begin at row starts[s],
+            those after it, one for each column that takes the step, at starts[s+1]; the steps
+            themselves at starts[s+1] - C
+    ends    (C+1,): how many steps the first 0, 1, ... columns have
+    rows    (N,): the steps in the order in which gradients are added up: back in the caller's time,
+            at each time in the caller's order of sequences
     before  (N,): the rows of the states before these
-    last    (B,): the rows of each column's final state
+    fresh   (B,): whether a sequence begins anew, without its initial state
+    first   (B,): the column that it begins in
+    final   (B,): the column that it ends in
+    last    (B,): the row of its final state
     """
 
-    columns: np.ndarray
+    batch: int
+    plain: bool
     source: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
     rows: np.ndarray
     before: np.ndarray
+    fresh: np.ndarray
+    first: np.ndarray
+    final: np.ndarray
     last: np.ndarray
 
     @property
@@ -43,22 +53,27 @@ class Layout(NamedTuple):
         return len(self.starts) - 2
 
     @property
-    def batch(self) -> int:
+    def columns(self) -> int:
         return len(self.ends) - 1
 
     @property
     def count(self) -> int:
         return len(self.rows)
 
+    def begin(self, state: np.ndarray) -> np.ndarray:
+        """A state (layers, B, H), or its gradient, as far as it is heard of."""
+        if self.fresh.any():
+            state = state.copy()
+            state[:, self.fresh] = 0
+        return state
+
     def gather(self, array: np.ndarray) -> np.ndarray:
-        """The rows of the caller's (S*B, ...) array that are steps; a view if all are."""
-        if self.count == self.steps * self.batch:
-            return array[: self.count]
-        return array[self.source]
+        """The rows of the caller's (T*B, ...) array that are steps, in their order."""
+        return array[: self.count] if self.plain else array[self.source]
 
     def scatter(self, rows: np.ndarray, steps: int) -> np.ndarray:
-        """The opposite, for S = `steps`: zeros where there is no step; a view if all are."""
-        if self.count == steps * self.batch:
+        """The opposite, for T = `steps`: (T*B, ...), zeros where there is no step."""
+        if self.plain and self.count == steps * self.batch:
             return rows
         array = zeros((steps * self.batch, *rows.shape[1:]), rows.dtype)
         array[self.source] = rows
@@ -67,30 +82,58 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def even(steps: int, batch: int) -> Layout:
-    """Sequences of one length, in the caller's order."""
+    """Sequences of one length."""
     return of_lengths(np.full(batch, steps))
 
 
-def of_lengths(lengths: np.ndarray) -> Layout:
-    """Sequences of any lengths from 0, those of one length in the caller's order."""
+def of_lengths(lengths: np.ndarray, resets: np.ndarray | None = None) -> Layout:
+    """Sequences of any lengths from 0; `resets` (T, B) is True before what step one begins anew."""
     batch = len(lengths)
-    columns = np.argsort(-lengths, kind="stable")
-    falling = lengths[columns]
-    steps = int(falling[0])
-    taking = np.searchsorted(-falling, -np.arange(steps), side="left")
-    starts = np.concatenate([[0, batch], batch + np.cumsum(taking)])
-    time = np.repeat(np.arange(steps), taking)
-    column = np.arange(len(time)) - (starts[1:-1] - batch)[time]
+    if resets is None:
+        sequence, begin, length = np.arange(batch), np.zeros(batch, int), lengths
+    else:
+        sequence, begin, length = _parts(lengths, resets)
+    order = np.argsort(-length, kind="stable")
+    sequence, begin, length = sequence[order], begin[order], length[order]
+    taking = np.searchsorted(-length, -np.arange(length[0]), side="left")
+    starts = np.concatenate([[0, len(order)], len(order) + np.cumsum(taking)])
+    step = np.repeat(np.arange(length[0]), taking)
+    column = np.arange(len(step)) - (starts[1:-1] - len(order))[step]
+    time, who = begin[column] + step, sequence[column]
+    source = time * batch + who
     # By the caller's time and sequence, which is what gradients are added up by.
-    place = np.full(steps * batch, -1)
-    place[(steps - 1 - time) * batch + columns[column]] = np.arange(len(time))
+    span = int(lengths.max())
+    place = np.full(span * batch, -1)
+    place[(span - 1 - time) * batch + who] = np.arange(len(step))
     rows = place[place >= 0]
+    first, final = np.empty(batch, int), np.empty(batch, int)
+    number = np.arange(len(order))
+    first[sequence[begin == 0]] = number[begin == 0]
+    ending = begin + length == lengths[sequence]
+    final[sequence[ending]] = number[ending]
     return Layout(
-        columns,
-        time * batch + columns[column],
+        batch,
+        bool((source == np.arange(len(source))).all()),
+        source,
         starts,
-        np.concatenate([[0], np.cumsum(falling)]),
+        np.concatenate([[0], np.cumsum(length)]),
         rows,
-        (starts[time] + column)[rows],
-        starts[falling] + np.arange(batch),
+        (starts[step] + column)[rows],
+        np.zeros(batch, bool) if resets is None else resets[0] & (lengths > 0),
+        first,
+        final,
+        starts[length[final]] + final,
     )
+
+
+def _parts(lengths: np.ndarray, resets: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(sequence, begin, length) of each part: a reset before the first step makes no part."""
+    inside = np.arange(len(resets))[:, None] < lengths
+    begins = resets & inside
+    # An empty sequence is a part, too.
+    begins[0] = True
+    sequence, begin = np.nonzero(begins.T)
+    end = np.append(begin[1:], 0)
+    whole = np.append(sequence[1:] != sequence[:-1], True)
+    end[whole] = lengths[sequence[whole]]
+    return sequence, begin, end - begin

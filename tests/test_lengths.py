@@ -1,4 +1,4 @@
-"""Sequences of different lengths: what each would give alone, whatever stands beside it."""
+"""Lengths and resets: what each piece would give alone, whatever stands beside it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from fastrnn.layout import even, of_lengths
 LENGTHS = [(3, 7, 0, 7, 1), (0, 0), (4,), (7, 7, 7), (1, 2, 3, 4, 5, 6, 7), (0, 7)]
 
 
-def run(problem, lengths, grads=None, *, keep=True, rows=slice(None)):
+def run(problem, lengths, resets=None, *, keep=True):
     """Every array that forward and backward give."""
     rnn, state = problem.rnn, as_state(problem.state)
     if not keep:
-        output, final = rnn(problem.x, state, lengths)
+        output, final = rnn(problem.x, state, lengths, resets=resets)
         return {"output": output} | named("final", problem, final)
-    output, final, saved = rnn.forward(problem.x, state, lengths, seed=3)
+    output, final, saved = rnn.forward(problem.x, state, lengths, resets=resets, seed=3)
     results = {"output": output.copy()} | named("final", problem, final)
     d_output = np.full_like(problem.d_output, np.nan)
     # What comes in at padded steps is ignored, even NaN.
     for b, length in enumerate(lengths):
         d_output[:length, b] = problem.d_output[:length, b]
-    d_x, d_first, grads = rnn.backward(saved, d_output, as_state(problem.d_state), grads)
+    d_x, d_first, grads = rnn.backward(saved, d_output, as_state(problem.d_state))
     results |= named("d initial", problem, d_first)
     return results | ({} if d_x is None else {"d x": d_x}) | grads
 
@@ -48,31 +48,41 @@ def named(kind, problem, state):
     return {f"{kind} {name}": part for name, part in parts}
 
 
-def one_by_one(problem, lengths):
-    """The same by the reference, a sequence at a time."""
+def one_by_one(problem, lengths, resets=None):
+    """The same by the reference, a piece at a time."""
     T, B = problem.x.shape[:2]
-    total = None
+    resets = np.zeros((T, B), bool) if resets is None else resets
+    shapes = {"output": (T, B, problem.rnn.hidden_size), "d x": (T, B, problem.rnn.input_size)}
+    shapes |= {
+        f"{kind} {name}": (problem.rnn.num_layers, B, problem.rnn.hidden_size)
+        for kind in ("final", "d initial")
+        for name in problem.names
+    }
+    shapes |= {key: value.shape for key, value in problem.rnn.params.items()}
+    total = {key: np.zeros(shape) for key, shape in shapes.items()}
     for b, length in enumerate(lengths):
-        alone = problem.piece(slice(0, max(length, 1)), slice(b, b + 1))
-        found = expected(alone)
-        if total is None:
-            total = {key: np.zeros_like(value) for key, value in found.items()}
-            for key, value in found.items():
+        if length == 0:
+            for i, name in enumerate(problem.names):
+                total[f"final {name}"][:, b] = problem.state[i][:, b]
+                total[f"d initial {name}"][:, b] = problem.d_state[i][:, b]
+        begins = sorted({0, *np.flatnonzero(resets[:length, b])}) if length else []
+        for begin, end in zip(begins, [*begins[1:], length], strict=True):
+            piece = problem.piece(slice(begin, end), slice(b, b + 1))
+            if resets[begin, b]:
+                piece.state = tuple(0 * s for s in piece.state)
+            if end < length:
+                piece.d_state = tuple(0 * s for s in piece.d_state)
+            for key, value in expected(piece).items():
                 if key in ("output", "d x"):
-                    total[key] = np.zeros((T, B, value.shape[2]))
-                elif " " in key:
-                    total[key] = np.zeros((value.shape[0], B, value.shape[2]))
-        for i, name in enumerate(problem.names):
-            if length == 0:
-                found[f"final {name}"] = alone.state[i]
-                found[f"d initial {name}"] = alone.d_state[i]
-        for key, value in found.items():
-            if key in ("output", "d x"):
-                total[key][:length, b] = value[:length, 0]
-            elif " " in key:
-                total[key][:, b] = value[:, 0]
-            elif length:
-                total[key] += value
+                    total[key][begin:end, b] = value[:, 0]
+                elif "final" in key and end == length:
+                    total[key][:, b] = value[:, 0]
+                elif "initial" in key and begin == 0 and not resets[0, b]:
+                    total[key][:, b] = value[:, 0]
+                elif " " not in key:
+                    total[key] += value
+    if problem.x.dtype.kind == "i":
+        del total["d x"]
     return total
 
 
@@ -132,6 +142,46 @@ def test_a_sequence_is_the_same_in_any_company(cell, lengths):
         for key in alone:
             if " " in key or key == "output":
                 same(np.ascontiguousarray(whole[key][:, b : b + 1]), alone[key], key)
+
+
+@each_cell
+@each_dtype
+@pytest.mark.parametrize("tokens", [False, True], ids=["dense", "tokens"])
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("lengths", [None, *LENGTHS[::3]], ids=str)
+def test_each_part_between_resets_is_alone(cell, dtype, tokens, rate, lengths, rng):
+    counts = lengths or (7, 7, 7, 7)
+    problem = make_problem(cell, 7, len(counts), 5, 19, layers=2, tokens=tokens, dtype=dtype)
+    resets = rng.random((7, len(counts))) < rate
+    got = run(problem, counts, resets)
+    want = one_by_one(problem, counts, resets)
+    compare(problem, got, want)
+    if lengths is None:
+        without = problem.rnn(problem.x, as_state(problem.state), resets=resets)[0]
+        if not tokens:
+            same(without, got["output"])
+    with threads(3):
+        same_results(run(problem, counts, resets), got)
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_pieces_with_resets_are_the_whole(cell, rng):
+    problem = make_problem(cell, 9, 4, 4, 5, layers=2)
+    resets = rng.random((9, 4)) < 0.3
+    want = run(problem, [9] * 4, resets)
+    rnn = problem.rnn
+    for cut in range(1, 9):
+        early, late = slice(0, cut), slice(cut, 9)
+        y1, state, first = rnn.forward(
+            problem.x[early], as_state(problem.state), resets=resets[early]
+        )
+        y2, _, second = rnn.forward(problem.x[late], state, resets=resets[late])
+        d_last = as_state(problem.d_state)
+        d2, d_state, grads = rnn.backward(second, problem.d_output[late], d_last)
+        d1, d_first, grads = rnn.backward(first, problem.d_output[early], d_state, grads)
+        got = {"output": np.concatenate([y1, y2]), "d x": np.concatenate([d1, d2])}
+        got |= named("d initial", problem, d_first) | grads
+        same_results(got, {key: want[key] for key in got})
 
 
 @given(
@@ -215,6 +265,17 @@ BAD = [
 ]
 
 
+def test_what_resets_may_be():
+    gru = fastrnn.GRU(5, 6)
+    x = np.zeros((7, 3, 5), np.float32)
+    with pytest.raises(ValueError, match=r"resets: expected shape \(T, B\) = \(7, 3\)"):
+        gru(x, resets=np.zeros(7, bool))
+    with pytest.raises(ValueError, match="resets: expected True or False"):
+        gru(x, resets=np.full((7, 3), 2))
+    numbers = np.arange(21).reshape(7, 3) % 4 == 0
+    same(gru(x, resets=numbers.astype(float))[0], gru(x, resets=numbers)[0])
+
+
 @pytest.mark.parametrize(("lengths", "error", "words"), BAD, ids=str)
 def test_what_lengths_may_be(lengths, error, words):
     gru = fastrnn.GRU(5, 6)
@@ -231,11 +292,10 @@ def test_a_layout_has_each_step_once(lengths):
     # Backwards in time, then in the caller's order.
     order = sorted(steps, key=lambda step: (-step[0], step[1]))
     assert list(layout.source[layout.rows]) == [t * B + b for t, b in order]
-    column = {b: i for i, b in enumerate(layout.columns)}
+    column = {b: int(i) for b, i in enumerate(layout.first)}
+    assert list(layout.final) == list(layout.first)
     assert list(layout.before) == [layout.starts[t] + column[b] for t, b in order]
-    assert [layout.last[column[b]] for b in range(B)] == [
-        layout.starts[n] + column[b] for b, n in enumerate(lengths)
-    ]
+    assert list(layout.last) == [layout.starts[n] + column[b] for b, n in enumerate(lengths)]
     assert list(np.diff(layout.ends)) == sorted(lengths, reverse=True)
 
 
