@@ -8,14 +8,15 @@ summed up by token first: there, pieces agree with the whole to rounding.)
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fastrnn import gemm, recurrence
+from fastrnn import gemm
 from fastrnn.cells import CELLS, Cell
 from fastrnn.checks import (
     as_array,
@@ -33,42 +34,31 @@ from fastrnn.checks import (
 )
 from fastrnn.dropout import dropout
 from fastrnn.layout import Layout, even, of_lengths
-from fastrnn.meeting import NOBODY, together
-from fastrnn.memory import empty, zeros
+from fastrnn.memory import empty
 from fastrnn.module import Module, Params, new_grads
-from fastrnn.pack import indices, pack, pack_bias, pack_transposed, pack_vectors
-from fastrnn.parallel import get_num_threads, parts_for, run
-from fastrnn.simd import lanes, padded
+from fastrnn.parallel import get_num_threads
+from fastrnn.simd import padded
+from fastrnn.single import Kept, Weights, backward, forward
 from fastrnn.stepper import Stepper
-from fastrnn.units import parts_of_units
 
 State = Any  # h (layers, B, H), or for the LSTM (h, c)
-
-# A chunk of pre-activations of one slice of the batch stays within the second-level cache, unless
-# too few rows would then share a pass over the weights.
-_CHUNK_BYTES = 1 << 18
-
-
-@dataclass
-class _Saved:
-    """What one layer of a stack keeps for backward; rows as in `fastrnn.layout`."""
-
-    x: np.ndarray
-    h: np.ndarray
-    carry: np.ndarray
-    tape: np.ndarray
-    vectors: np.ndarray | None
-    seed: int
 
 
 class Saved:
     """What backward needs from forward. Backward works in this memory: it can be used once."""
 
     def __init__(
-        self, kind: tuple, layers: list[_Saved], layout: Layout, steps: int, unbatched: bool
+        self,
+        kind: tuple,
+        layers: list[list[Kept]],
+        seeds: range,
+        layout: Layout,
+        steps: int,
+        unbatched: bool,
     ) -> None:
         self.kind = kind
-        self._layers: list[_Saved] | None = layers
+        self._layers: list[list[Kept]] | None = layers
+        self.seeds = seeds
         self.layout = layout
         self.steps = steps
         self.unbatched = unbatched
@@ -79,9 +69,9 @@ class Saved:
 
         Beside them x is kept by reference, and for each layer after dropout what it let through.
         """
-        return sum(s.h.nbytes + s.carry.nbytes + s.tape.nbytes for s in self._layers or ())
+        return sum(side.nbytes for sides in self._layers or () for side in sides)
 
-    def take(self, retain: bool) -> list[_Saved]:
+    def take(self, retain: bool) -> list[list[Kept]]:
         if self._layers is None:
             raise ValueError(
                 "saved: expected the result of a new forward, got one that backward has used; "
@@ -89,7 +79,7 @@ class Saved:
             )
         layers = self._layers
         if retain:
-            return [replace(s, tape=s.tape.copy()) for s in layers]
+            return [[side.copy() for side in sides] for sides in layers]
         self._layers = None
         return layers
 
@@ -110,14 +100,14 @@ class _Recurrent(Module):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        merge: str = "concat",
         dtype: Any = np.float32,
         seed: int | None = None,
     ) -> None:
-        if bidirectional:
-            raise ValueError(
-                "bidirectional: expected False, got True; not there yet: run a second layer over "
-                "x[::-1] and join its output[::-1]"
-            )
+        self.bidirectional = bool(bidirectional)
+        self.merge = as_choice("merge", merge, ("concat", "sum", "mean"))
+        if merge != "concat" and not bidirectional:
+            raise ValueError(f"merge: expected bidirectional=True beside it, got merge={merge!r}")
         self.input_size = as_size("input_size", input_size)
         self.hidden_size = as_size("hidden_size", hidden_size)
         self.num_layers = as_size("num_layers", num_layers)
@@ -129,8 +119,8 @@ class _Recurrent(Module):
         bound = 1 / math.sqrt(self.hidden_size)
         rows = self.cell.gates * self.hidden_size
         params = {}
-        for layer in range(self.num_layers):
-            columns = self.input_size if layer == 0 else self.hidden_size
+        for layer, end in itertools.product(range(self.num_layers), self._ends):
+            columns = self.input_size if layer == 0 else self.output_size
             shapes: dict[str, tuple] = {
                 "weight_ih": (rows, columns),
                 "weight_hh": (rows, self.hidden_size),
@@ -139,13 +129,67 @@ class _Recurrent(Module):
                 shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
             for key, shape in shapes.items():
                 values = random.uniform(-bound, bound, shape)
-                params[f"{key}_l{layer}"] = values.astype(self.dtype)
+                params[f"{key}_l{layer}{end}"] = values.astype(self.dtype)
         self._own(params)
         self._seeds = np.random.default_rng(random.integers(2**63))
 
+    @property
+    def _ends(self) -> tuple[str, ...]:
+        """What keys of a layer's directions end in."""
+        return ("", "_reverse") if self.bidirectional else ("",)
+
+    @property
+    def output_size(self) -> int:
+        """Units of the output: H, or of both directions' side by side 2 H."""
+        joined = self.bidirectional and self.merge == "concat"
+        return self.hidden_size * (2 if joined else 1)
+
     def _kind(self) -> tuple:
         """What two layers share if one can work on what the other has saved."""
-        return self.cell.name, self.input_size, self.hidden_size, self.num_layers, self.dtype
+        sizes = self.input_size, self.hidden_size, self.num_layers
+        return self.cell.name, *sizes, self.bidirectional, self.merge, self.dtype
+
+    def _weights(self, layer: int, arrays: Mapping[str, np.ndarray]) -> list[Weights]:
+        """Of a layer's directions, from `params` or from gradients like them."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        return [
+            Weights(*(arrays.get(f"{name}_l{layer}{end}") for name in names))  # type: ignore
+            for end in self._ends
+        ]
+
+    def _states(self, layer: int, states: list[np.ndarray]) -> list[list[np.ndarray]]:
+        """The states of a layer's directions, from parts (layers * directions, B, H)."""
+        count = len(self._ends)
+        return [[part[layer * count + side] for part in states] for side in range(count)]
+
+    def _join(self, sides: list[Kept]) -> np.ndarray:
+        """The output of a layer (N, output_size), its rows those of its first direction."""
+        if len(sides) == 1:
+            return sides[0].output
+        size = self.hidden_size
+        flip = sides[0].layout.flip
+        y = empty((len(flip), self.output_size), self.dtype)
+        if self.merge == "concat":
+            y[:, :size] = sides[0].output
+            y[:, size:] = sides[1].output[flip]
+            return y
+        np.add(sides[0].output, sides[1].output[flip], out=y)
+        if self.merge == "mean":
+            y *= self.dtype.type(0.5)
+        return y
+
+    def _split(self, d_y: np.ndarray, layout: Layout) -> list[np.ndarray]:
+        """The opposite: the gradient of each direction's output."""
+        if not self.bidirectional:
+            return [d_y]
+        if self.merge == "mean":
+            d_y = d_y * self.dtype.type(0.5)
+        size = self.hidden_size
+        # What is the same for all steps has no order.
+        flip = layout.flip if len(d_y) == layout.count else slice(None)
+        if self.merge == "concat":
+            return [np.ascontiguousarray(d_y[:, :size]), np.ascontiguousarray(d_y[flip, size:])]
+        return [d_y, np.ascontiguousarray(d_y[flip])]
 
     def __repr__(self) -> str:
         return (
@@ -219,29 +263,27 @@ class _Recurrent(Module):
         steps, batch = x.shape[:2]
         layout = self._layout(lengths, resets, steps, batch, unbatched)
         x = layout.gather(x.reshape(steps * batch, *x.shape[2:]))
-        states = [layout.begin(s) for s in self._initial(state, batch, unbatched)]
+        states = self._initial(state, batch, unbatched)
         seed = as_seed(seed)
         if keep and self.dropout and self.num_layers > 1 and seed is None:
             seed = int(self._seeds.integers(2**63))
+        seeds = range(seed or 0, (seed or 0) + self.num_layers)
+        layouts = [layout, layout.turned] if self.bidirectional else [layout]
         saved = []
         for layer in range(self.num_layers):
             if layer and keep and self.dropout:
                 dropped = empty(x.shape, self.dtype)
-                dropout(x, self.dropout, (seed or 0) + layer, dropped, layout)
+                dropout(x, self.dropout, seeds[layer], dropped, layout)
                 x = dropped
-            done = self._run_layer(layer, layout, x, vectors, [s[layer] for s in states], keep)
-            done.seed = (seed or 0) + layer
+            xs = [x, x[layout.flip]] if self.bidirectional else [x]
+            weights, state = self._weights(layer, self.params), self._states(layer, states)
+            done = forward(self.cell, weights, layouts, xs, vectors, state, keep=keep)
             saved.append(done)
-            x, vectors = done.h[layout.columns :], None
-        run_length = padded(self.hidden_size, self.dtype)
-        last = [np.array([s.h[layout.last] for s in saved])]
-        # Without a tape there is but the latest of each column.
-        rows = layout.last if keep else layout.final
-        for i in range(self.cell.carries):
-            at = slice(i * run_length, i * run_length + self.hidden_size)
-            last.append(np.array([s.carry[rows, at] for s in saved]))
-        result = Saved(self._kind(), saved, layout, steps, unbatched) if keep else None
-        output = layout.scatter(x, steps).reshape(steps, batch, self.hidden_size)
+            x, vectors = self._join(done), None
+        finals = [side.final(self.cell.carries) for sides in saved for side in sides]
+        last = [np.array(parts) for parts in zip(*finals, strict=True)]
+        result = Saved(self._kind(), saved, seeds, layout, steps, unbatched) if keep else None
+        output = layout.scatter(x, steps).reshape(steps, batch, self.output_size)
         output = self._outward(output, unbatched)
         # Backward reads the same memory.
         output.flags.writeable = not keep
@@ -272,56 +314,6 @@ class _Recurrent(Module):
         if resets is None:
             return of_lengths(counts)
         return of_lengths(counts, time_major("resets", as_flags("resets", resets)))
-
-    def _run_layer(
-        self,
-        layer: int,
-        layout: Layout,
-        x: np.ndarray,
-        vectors: np.ndarray | None,
-        states: list,
-        keep: bool,
-    ) -> _Saved:
-        cell, size, dtype = self.cell, self.hidden_size, self.dtype
-        columns, count = layout.columns, layout.count
-        hidden = padded(size, dtype)
-        weight_x, weight_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
-        tokens = x.dtype == np.int32
-        work = count * cell.gates * hidden * (size + (0 if tokens else weight_x.shape[1]))
-        row = cell.tape * hidden
-        meet = parts_of_units(cell, layout.steps, columns, size, dtype)
-        if meet > 1:
-            rows, width = columns, row // meet
-        else:
-            parts = parts_for(work, columns)
-            rows, width = -(-columns // parts), row
-        chunk = max(_CHUNK_BYTES // (rows * width * dtype.itemsize), gemm.HEIGHT // rows)
-        chunk = max(1, min(layout.steps, chunk))
-        h = empty((columns + count, size), dtype)
-        h[:columns] = 0
-        h[layout.first] = states[0]
-        carry = empty((columns + count if keep else columns, cell.carries * hidden), dtype)
-        carry[:columns] = 0
-        for i, value in enumerate(states[1:]):
-            carry[layout.first, i * hidden : i * hidden + size] = value
-        tape = empty((count if keep else min(count, chunk * columns), row), dtype)
-        b_x, b_h = self.params.get(f"bias_ih_l{layer}"), self.params.get(f"bias_hh_l{layer}")
-        bias = pack_bias(cell, size, dtype, b_x, b_h)
-        if vectors is None:
-            packed = pack_transposed(
-                weight_x, cell.order_x, rows=tokens, apart=meet > 1 and not tokens
-            )
-        else:
-            packed = pack_vectors(weight_x, cell.order_x, bias, vectors)
-        packed_h = pack_transposed(weight_h, cell.order_h, apart=meet > 1)
-        arguments: tuple = (cell, cell.tail, chunk, int(keep), layout.starts, layout.ends)
-        arguments += (x, packed, packed_h, bias, h, carry, tape)
-        if meet > 1:
-            together(recurrence.forward_slice, meet, *arguments)
-        else:
-            run(recurrence.forward_slice, parts, NOBODY, *arguments)
-        # A view, since backward relies on the shape.
-        return _Saved(x, h, carry, tape, None if vectors is None else vectors.view(), 0)
 
     def training_bytes(self, steps: int, batch: int) -> int:
         """Bytes that `forward` and `backward` take at most, for features of (steps, batch, I).
@@ -394,144 +386,41 @@ class _Recurrent(Module):
         batch = layout.batch
         d_states = self._initial(d_state, batch, saved.unbatched, name="d_state")
         if d_output is None:
-            d_y = np.zeros((1, self.hidden_size), self.dtype)
+            d_y = np.zeros((1, self.output_size), self.dtype)
         else:
             d_y = self._gradient_in(d_output, steps, batch, saved.unbatched)
-            d_y = layout.gather(d_y.reshape(steps * batch, self.hidden_size))
+            d_y = layout.gather(d_y.reshape(steps * batch, self.output_size))
         layers = saved.take(retain)
+        vectors = layers[0][0].vectors is not None
+        tokens = layers[0][0].x.dtype == np.int32
         d_initial = [np.empty_like(s) for s in d_states]
         for layer in reversed(range(self.num_layers)):
-            s = layers[layer]
-            want = need_d_x or layer > 0
-            d_last = [d[layer] for d in d_states]
-            d_y, last = self._run_backward(layer, layout, s, d_y, d_last, grads, want)
-            for total, value in zip(d_initial, last, strict=True):
-                total[layer] = value
+            d_xs, firsts = backward(
+                self.cell,
+                self._weights(layer, self.params),
+                self._weights(layer, grads),
+                layers[layer],
+                self._split(d_y, layout),
+                self._states(layer, d_states),
+                want_d_x=need_d_x or layer > 0,
+            )
+            for totals, parts in zip(self._states(layer, d_initial), firsts, strict=True):
+                for total, part in zip(totals, parts, strict=True):
+                    total[...] = part
+            d_y = d_xs[0]
+            if self.bidirectional:
+                # The gradient of vectors has no order of steps.
+                steps_of = len(d_y) > 0 and (layer > 0 or not tokens)
+                d_y += d_xs[1][layout.flip] if steps_of else d_xs[1]
             if layer and self.dropout:
-                dropout(d_y, self.dropout, s.seed, d_y, layout)
-        d_initial = [layout.begin(total) for total in d_initial]
+                dropout(d_y, self.dropout, saved.seeds[layer], d_y, layout)
         d_x = None
-        if need_d_x and layers[0].vectors is not None:
+        if need_d_x and vectors:
             d_x = d_y
-        elif need_d_x and layers[0].x.dtype != np.int32:
+        elif need_d_x and not tokens:
             d_x = layout.scatter(d_y, steps).reshape(steps, batch, self.input_size)
             d_x = self._outward(d_x, saved.unbatched)
         return d_x, self._state_out(d_initial, saved.unbatched), grads
-
-    def _run_backward(
-        self,
-        layer: int,
-        layout: Layout,
-        s: _Saved,
-        d_y: np.ndarray,
-        d_last: list,
-        grads: Params,
-        want_d_x: bool,
-    ) -> tuple[np.ndarray, list]:
-        cell, size, dtype = self.cell, self.hidden_size, self.dtype
-        steps, columns, count = layout.steps, layout.columns, layout.count
-        hidden = padded(size, dtype)
-        tokens = s.x.dtype == np.int32
-        weight_x, weight_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
-        inputs = weight_x.shape[1]
-        d_h = np.zeros((columns, hidden), dtype)
-        d_h[layout.final, :size] = d_last[0]
-        d_carry = np.zeros((columns, cell.carries * hidden), dtype)
-        for i, value in enumerate(d_last[1:]):
-            d_carry[layout.final, i * hidden : i * hidden + size] = value
-        work = count * cell.gates * hidden * size
-        packed = pack(weight_h, cell.order_h, hidden)
-        arguments: tuple = (cell, cell.tail, layout.starts, layout.ends)
-        arguments += (d_y, packed, s.h, s.carry, s.tape, d_h, d_carry)
-        meet = parts_of_units(cell, steps, columns, size, dtype)
-        if meet > 1:
-            together(recurrence.backward_slice, meet, *arguments)
-        else:
-            parts = parts_for(work, columns)
-            run(recurrence.backward_slice, parts, NOBODY, *arguments)
-        d_w_x = grads[f"weight_ih_l{layer}"]
-        unused = np.zeros(len(weight_x), dtype)
-        d_b_x = grads.get(f"bias_ih_l{layer}", unused)
-        d_b_h = grads.get(f"bias_hh_l{layer}", unused if tokens else unused.copy())
-        gates = (cell.gates, size)
-        order = list(cell.order_x)
-        if tokens:
-            kinds = inputs if s.vectors is None else len(s.vectors)
-            rows = zeros((kinds, cell.gates, hidden), dtype)
-            if s.vectors is None:
-                rows[:, :, :size] = d_w_x.reshape(*gates, inputs)[order].transpose(2, 0, 1)
-            sums = np.zeros((cell.gates, hidden), dtype)
-            sums[:, :size] = d_b_x.reshape(gates)[order]
-            d_x = np.empty((0, inputs), dtype)
-            x_arguments = (rows.reshape(kinds, -1), sums.reshape(-1))
-        else:
-            d_x = empty((count if want_d_x else 0, inputs), dtype)
-            x_arguments = (d_w_x, d_b_x)
-        packed = pack(weight_x, cell.order_x, hidden) if want_d_x and not tokens else d_h[0]
-        run(
-            recurrence.gradients,
-            parts_for(work, cell.gates * hidden // lanes(dtype)),
-            cell.tail,
-            layout.rows,
-            layout.before,
-            s.x,
-            s.h,
-            s.tape,
-            indices(cell.order_x),
-            indices(cell.order_h),
-            packed,
-            np.zeros(inputs, dtype),
-            d_x,
-            x_arguments[0],
-            grads[f"weight_hh_l{layer}"],
-            x_arguments[1],
-            d_b_h,
-        )
-        if tokens:
-            if s.vectors is None:
-                d_w_x.reshape(*gates, inputs)[order] = rows[:, :, :size].transpose(1, 2, 0)
-            else:
-                d_x = self._gradient_of_vectors(
-                    s.vectors, x_arguments[0], weight_x, d_w_x, want_d_x
-                )
-            d_b_x.reshape(gates)[order] = sums[:, :size]
-        first = [d_h[layout.first, :size]]
-        first += [
-            d_carry[layout.first, i * hidden : i * hidden + size] for i in range(cell.carries)
-        ]
-        return d_x, first
-
-    def _gradient_of_vectors(
-        self,
-        vectors: np.ndarray,
-        d_table: np.ndarray,
-        weight_x: np.ndarray,
-        d_w_x: np.ndarray,
-        want: bool,
-    ) -> np.ndarray:
-        """The gradient of vectors, from that of their products with W_x; adds to that of W_x."""
-        cell, dtype = self.cell, self.dtype
-        (count, n), inputs = d_table.shape, vectors.shape[1]
-        hidden = n // cell.gates
-        d_vectors = empty((count if want else 0, inputs), dtype)
-        same_order = d_w_x.shape[0] == n and cell.order_x == tuple(range(cell.gates))
-        d_w = d_w_x if same_order else zeros((n, inputs), dtype)
-        run(
-            gemm.affine_gradients,
-            parts_for(count * n * inputs, n // lanes(dtype)),
-            even(1, count).rows,
-            vectors,
-            d_table,
-            pack(weight_x, cell.order_x, hidden) if want else np.zeros(inputs, dtype),
-            np.zeros(inputs, dtype),
-            d_vectors,
-            d_w,
-            np.zeros(n, dtype),
-        )
-        if not same_order:
-            found = d_w.reshape(cell.gates, hidden, inputs)[:, : self.hidden_size]
-            d_w_x.reshape(cell.gates, self.hidden_size, inputs)[list(cell.order_x)] += found
-        return d_vectors
 
     def stepper(self, batch: int | None = None, *, tokens: bool = False) -> Stepper:
         """The layers one step at a time, with the state kept: `y = stepper(x)`; see `Stepper`.
@@ -539,6 +428,11 @@ class _Recurrent(Module):
         batch   how many sequences; None: one, without the B axis
         tokens  inputs are integer tokens instead of features
         """
+        if self.bidirectional:
+            raise ValueError(
+                "stepper: expected a layer of one direction, got bidirectional=True, which has to "
+                "see a sequence's end first; call the layer with pieces"
+            )
         if batch is not None:
             batch = as_size("batch", batch)
         return Stepper(self, batch, bool(tokens))
@@ -573,12 +467,14 @@ class _Recurrent(Module):
         return array, unbatched
 
     def _gradient_in(self, d_output: Any, steps: int, batch: int, unbatched: bool) -> np.ndarray:
-        shape: tuple = (steps, batch, self.hidden_size)
+        shape: tuple = (steps, batch, self.output_size)
         names = "(T, B, H)"
         if unbatched:
-            shape, names = (steps, self.hidden_size), "(T, H)"
+            shape, names = (steps, self.output_size), "(T, H)"
         elif self.batch_first:
-            shape, names = (batch, steps, self.hidden_size), "(B, T, H)"
+            shape, names = (batch, steps, self.output_size), "(B, T, H)"
+        if self.output_size > self.hidden_size:
+            names = names.replace("H", "2 H")
         array = as_floats("d_output", d_output, self.dtype, shape, names)
         if unbatched:
             return array[:, None]
@@ -591,7 +487,9 @@ class _Recurrent(Module):
 
     def _initial(self, state: State, batch: int, unbatched: bool, name: str = "state") -> list:
         """The parts of a state as arrays (layers, B, H), zeros for None."""
-        shape = (self.num_layers, batch, self.hidden_size)
+        count = self.num_layers * len(self._ends)
+        letters = "(layers * directions" if self.bidirectional else "(layers"
+        shape = (count, batch, self.hidden_size)
         if state is None:
             return [np.zeros(shape, self.dtype) for _ in self.state_names]
         if len(self.state_names) == 1:
@@ -605,10 +503,10 @@ class _Recurrent(Module):
         for part, value in zip(self.state_names, state, strict=True):
             label = name if len(self.state_names) == 1 else f"{name} {part}"
             if unbatched:
-                wanted = (self.num_layers, self.hidden_size)
-                array = as_floats(label, value, self.dtype, wanted, "(layers, H)")[:, None]
+                wanted = (count, self.hidden_size)
+                array = as_floats(label, value, self.dtype, wanted, f"{letters}, H)")[:, None]
             else:
-                array = as_floats(label, value, self.dtype, shape, "(layers, B, H)")
+                array = as_floats(label, value, self.dtype, shape, f"{letters}, B, H)")
             found.append(array)
         return found
 

@@ -9,7 +9,7 @@ States lie likewise, with the initial ones before them.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -60,11 +60,27 @@ class Layout:
     def count(self) -> int:
         return len(self.rows)
 
+    @functools.cached_property
+    def flip(self) -> np.ndarray:
+        """(N,): where each step is if every column is turned round; the way back is the same."""
+        length = np.diff(self.ends)
+        step = np.repeat(np.arange(self.steps), np.diff(self.starts[1:]))
+        column = np.arange(self.count) - (self.starts[1:-1] - self.columns)[step]
+        return self.starts[length[column] - step] - self.columns + column
+
+    @functools.cached_property
+    def turned(self) -> Layout:
+        """The same of columns that are turned round: they begin where a sequence ends."""
+        length = np.diff(self.ends)
+        last = self.starts[length[self.first]] + self.first
+        fresh = np.zeros(self.batch, bool)
+        return replace(self, first=self.final, final=self.first, last=last, fresh=fresh)
+
     def begin(self, state: np.ndarray) -> np.ndarray:
-        """A state (layers, B, H), or its gradient, as far as it is heard of."""
+        """An initial state (B, H), or its gradient, as far as it is heard of."""
         if self.fresh.any():
             state = state.copy()
-            state[:, self.fresh] = 0
+            state[self.fresh] = 0
         return state
 
     def gather(self, array: np.ndarray) -> np.ndarray:

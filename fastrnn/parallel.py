@@ -116,6 +116,23 @@ def run(function: Callable, parts: int, *arguments: Any) -> None:
     launch(function, parts, arguments)
 
 
+def run_all(function: Callable, parts: int, calls: list[tuple]) -> None:
+    """`run` with each of `calls` for arguments, at the same time if there are several parts.
+
+    parts  of all calls together
+    """
+    if parts == 1 or len(calls) == 1:
+        for arguments in calls:
+            run(function, parts, *arguments)
+    else:
+        each = -(-parts // len(calls))
+        launch(_one_of, each * len(calls), (function, each, calls))
+
+
+def _one_of(part: int, _: int, function: Callable, parts: int, calls: list[tuple]) -> None:
+    function(part % parts, parts, *calls[part // parts])
+
+
 def launch(
     function: Callable, parts: int, arguments: tuple, dismiss: Callable[[], None] | None = None
 ) -> None:
