@@ -244,7 +244,6 @@ def bad_layers():
     yield gru, (n_in, H), {"dtype": "wrong"}, ValueError, ("dtype", "float32 or float64", "wrong")
     yield gru, (n_in, H), {"dtype": None}, ValueError, ("dtype", "float32 or float64", "None")
     yield gru, (n_in, H), {"dtype": ">f4"}, ValueError, ("dtype", "float32 or float64", ">f4")
-    yield gru, (n_in, H), {"bidirectional": True}, ValueError, ("bidirectional", "False", "True")
     yield fastrnn.RNN, (n_in, H, 1, "sine"), {}, ValueError, ("nonlinearity", "tanh, relu", "sine")
     yield fastrnn.Linear, (0, 1), {}, ValueError, ("in_features", "at least 1", "0")
     yield fastrnn.Linear, (1, "a"), {}, TypeError, ("out_features", "an integer", "'a'")
