@@ -18,7 +18,7 @@ from helpers import (
 
 import fastrnn
 
-T, I, H = 6, 5, 7
+T, n_in, H = 6, 5, 7
 LENGTHS = [(3, 6, 0, 6, 1), (6, 6, 6), (2,), (0,)]
 each_lengths = pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 
@@ -38,10 +38,10 @@ def results(rnn, x, state, d_output, d_state, lengths, **options):
 
 
 def problem(cell, rng, dtype, lengths, layers, **options):
-    rnn = new_layer(cell, I, H, layers, bidirectional=True, dtype=dtype, seed=0, **options)
+    rnn = new_layer(cell, n_in, H, layers, bidirectional=True, dtype=dtype, seed=0, **options)
     B, count = len(lengths), len(as_parts(rnn.state_names))
     states = [tuple(normal(rng, dtype, 2 * layers, B, H) for _ in range(count)) for _ in range(2)]
-    x = normal(rng, dtype, T, B, I)
+    x = normal(rng, dtype, T, B, n_in)
     return rnn, x, states[0], normal(rng, dtype, T, B, rnn.output_size), states[1], lengths
 
 
@@ -137,7 +137,7 @@ def test_against_pytorch(cell, lengths, rng):
     given = problem(cell, rng, np.float64, lengths, 2)
     rnn, x, state, d_output, d_state, _ = given
     kind = {"rnn_tanh": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[cell]
-    theirs = kind(I, H, 2, bidirectional=True, dtype=torch.float64)
+    theirs = kind(n_in, H, 2, bidirectional=True, dtype=torch.float64)
     assert list(theirs.state_dict()) == list(rnn.params)
     theirs.load_state_dict({k: torch.from_numpy(v) for k, v in rnn.params.items()})
     x_t = torch.tensor(x, requires_grad=True)
@@ -185,11 +185,12 @@ def test_tokens_and_vectors(cell, rng):
 
 @each_cell
 def test_a_reset_parts_both_directions(cell, rng):
-    rnn = new_layer(cell, I, H, bidirectional=True, dtype=np.float64, seed=0)
-    x = normal(rng, "f8", T, 1, I)
+    rnn = new_layer(cell, n_in, H, bidirectional=True, dtype=np.float64, seed=0)
+    x = normal(rng, "f8", T, 1, n_in)
     resets = np.zeros((T, 1), bool)
     resets[4] = True
-    y, (final, *_), _ = rnn.forward(x, resets=resets)[0], as_parts(rnn(x, resets=resets)[1]), None
+    y, final = rnn(x, resets=resets)
+    final = as_parts(final)[0]
     early, late = rnn(x[:4]), rnn(x[4:])
     same(np.ascontiguousarray(y), np.concatenate([early[0], late[0]]))
     same(final[0], as_parts(late[1])[0][0])
@@ -198,11 +199,11 @@ def test_a_reset_parts_both_directions(cell, rng):
 
 def test_arguments():
     with pytest.raises(ValueError, match="merge: expected one of concat, sum, mean, got 'mul'"):
-        fastrnn.GRU(I, H, bidirectional=True, merge="mul")
+        fastrnn.GRU(n_in, H, bidirectional=True, merge="mul")
     with pytest.raises(ValueError, match="merge: expected bidirectional=True"):
-        fastrnn.GRU(I, H, merge="sum")
+        fastrnn.GRU(n_in, H, merge="sum")
     with pytest.raises(ValueError, match="stepper: expected a layer of one direction"):
-        fastrnn.GRU(I, H, bidirectional=True).stepper()
-    gru = fastrnn.GRU(I, H, bidirectional=True)
+        fastrnn.GRU(n_in, H, bidirectional=True).stepper()
+    gru = fastrnn.GRU(n_in, H, bidirectional=True)
     with pytest.raises(ValueError, match=r"state: .*\(layers \* directions, B, H\) = \(2, 3, 7\)"):
-        gru(np.zeros((T, 3, I), np.float32), np.zeros((1, 3, H), np.float32))
+        gru(np.zeros((T, 3, n_in), np.float32), np.zeros((1, 3, H), np.float32))

@@ -75,12 +75,10 @@ def one_by_one(problem, lengths, resets=None):
             for key, value in expected(piece).items():
                 if key in ("output", "d x"):
                     total[key][begin:end, b] = value[:, 0]
-                elif "final" in key and end == length:
-                    total[key][:, b] = value[:, 0]
-                elif "initial" in key and begin == 0 and not resets[0, b]:
-                    total[key][:, b] = value[:, 0]
                 elif " " not in key:
                     total[key] += value
+                elif end == length if "final" in key else begin == 0 and not resets[0, b]:
+                    total[key][:, b] = value[:, 0]
     if problem.x.dtype.kind == "i":
         del total["d x"]
     return total
