@@ -183,13 +183,29 @@ def test_a_race_to_a_loss(tmp_path, target, code):
     done = race(tmp_path, "--target", target)
     assert done.returncode == code, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:2]] == ["fastrnn", "torch"]
     ends = [line.split(":")[0] for line in lines if " after " in line]
     assert ends == (["fastrnn", "torch"] if code == 0 else [])
+    turns = [line.split()[0] for line in lines if " steps " in line]
+    assert turns == ["fastrnn", "torch", "torch", "fastrnn"][: 2 if code == 0 else 4]
 
 
 def test_a_race_names_who_cannot_run(tmp_path):
     done = race(tmp_path, "--target", "9", "--contestants", "fastrnn,numpy")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("numpy: ")
+    assert done.stderr.startswith("numpy: Missing: no race to a loss")
     assert "fastrnn: 9.0 after" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--case", "T2000B2I3H8"], "TEXT: expected more than 4002 characters"),
+        (["--case", "enormous"], "case: expected one of"),
+        (["--every", "0"], "expected a number from 1"),
+        (["--contestants", "torch:busy"], "expected some of"),
+    ],
+)
+def test_a_race_that_cannot_be_run(tmp_path, options, words):
+    done = race(tmp_path, *options)
+    assert done.returncode == 2
+    assert words in done.stderr
