@@ -93,10 +93,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _belongs(case: str, mode: str) -> bool:
-    """Whether the case is one of the mode, or has no name and the mode is of one layer."""
+    """Whether the case is one of the mode; without a name, whether it has as many layers."""
     if case in CASES:
         return CASES[case] in MODES[mode]
-    return mode in ("training", "inference")
+    return mode in (("training", "inference") if find(case).layers == 1 else ("language",))
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -87,7 +87,10 @@ def find(name: str) -> Case:
     """A named case, or any other: T64B32I128H128, T64B32I65H256L2 of a language model."""
     if name in CASES:
         return CASES[name]
-    sizes = re.fullmatch(r"T(\d+)B(\d+)I(\d+)H(\d+)(?:L(\d+))?", name)
+    sizes = re.fullmatch(r"T(\d+)B(\d+)I(\d+)H(\d+)(?:L([1-9]))?", name)
     if sizes is None:
-        raise ValueError(f"case: expected one of {', '.join(CASES)} or T64B32I64H64, got {name!r}")
+        raise ValueError(
+            f"case: expected one of {', '.join(CASES)} or T64B32I64H64 "
+            f"(with L2: a language model of two layers), got {name!r}"
+        )
     return Case(name, *(int(size) for size in sizes.groups("1")))

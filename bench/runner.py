@@ -46,15 +46,15 @@ class Process:
             env=os.environ | counts | {"TF_CPP_MIN_LOG_LEVEL": "3"} | environment,
         )
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request, wait for the answer; {"failed": why} if there is none."""
+    def ask(self, patience: float = _PATIENCE, **request: Any) -> dict[str, Any]:
+        """Send a request, wait for the answer; {"failed": why} if there is none in time."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
-            if not select.select([self._process.stdout], [], [], _PATIENCE)[0]:
+            if not select.select([self._process.stdout], [], [], patience)[0]:
                 self._process.kill()
-                return {"failed": f"no answer within {_PATIENCE} s"}
+                return {"failed": f"no answer within {patience} s"}
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""

@@ -5,7 +5,7 @@
 {"do": "memory", mode, case, cell, dtype}        bytes that setting up and steps take at most
 {"do": "limits", seconds, dtype}                 of the machine (`bench.machine`)
 {"do": "begin", case, cell, path, size, **more}  a language model learns a text (`bench.loss`)
-{"do": "learn", steps, rate}                     timed; the mean loss
+{"do": "learn", rates}                           a timed step at each; the mean loss
 {"do": "validate"}                               the loss on the text's end
 """
 
@@ -100,17 +100,20 @@ class Worker:
             times.append(time.perf_counter() - start)
         return {"times": times}
 
-    def begin(self, case: str, cell: str, path: str, size: int, **more: float) -> dict[str, Any]:
-        """Set up the model, read the text; compile with a step of another model."""
+    def begin(self, case: str, cell: str, path: str, size: int, **more: Any) -> dict[str, Any]:
+        """Set up the model, read the text; windows of another model warm up."""
+        if not hasattr(self.module, "Learner"):
+            raise Missing("no race to a loss")
         with np.load(path) as file:
             params = dict(file)
         train, self.kept = params.pop("train"), params.pop("kept")
         sizes = find(case)._replace(I=size)
-        learner = self.module.Learner
-        copies = {key: value.copy() for key, value in params.items()}
-        learner(sizes, cell, copies, threads=self.threads, **more).learn(train[:2], train[1:3])
-        self.learner = learner(sizes, cell, params, threads=self.threads, **more)
-        self.windows = self._windows(train, sizes.T)
+        for warming in (True, False):
+            copies = {key: value.copy() for key, value in params.items()}
+            self.learner = self.module.Learner(sizes, cell, copies, threads=self.threads, **more)
+            self.windows = self._windows(train, sizes.T)
+            if warming:
+                self.learn([0.0] * _WARM)
         return {}
 
     def _windows(self, train: np.ndarray, length: int) -> Any:
@@ -120,16 +123,16 @@ class Worker:
             for start in range(0, len(train) - length, length):
                 yield train[start : start + length], train[start + 1 : start + length + 1]
 
-    def learn(self, steps: int, rate: float) -> dict[str, Any]:
-        """Steps of training."""
-        self.learner.set_rate(rate)
+    def learn(self, rates: list[float]) -> dict[str, Any]:
+        """A step of training at each of the rates."""
         total = seconds = 0.0
-        for _ in range(steps):
+        for rate in rates:
             tokens, targets = next(self.windows)
             start = time.perf_counter()
+            self.learner.set_rate(rate)
             total += self.learner.learn(tokens, targets)[0]
             seconds += time.perf_counter() - start
-        return {"seconds": seconds, "loss": total / steps}
+        return {"seconds": seconds, "loss": total / len(rates)}
 
     def validate(self) -> dict[str, Any]:
         """The loss on what was kept."""

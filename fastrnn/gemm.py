@@ -232,7 +232,7 @@ def _add_products(strips, first, end, blocks, size, depth, order, panel, m, out)
                 c = at(out, (order[run] * size + inside * w + top) * m + left)
                 tile_of_strip(
                     rows, cols, last, depth, at(strip, top), at(panel, left * depth), c, m, c, m,
-                    at(c, rows * m),
+                    at(c, rows * m if q < tiles - 1 else 0),
                 )  # fmt: skip
             block += take
             strip = at(strip, RUN * STRIP * w)

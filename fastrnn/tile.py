@@ -4,8 +4,8 @@ Each element is one chain of multiply-adds in the order of k. The loop is writte
 at a time with constant distances, so that little is left in it but loads and multiply-adds: where
 two programs share a core, it is the number of instructions that counts.
 
-A tile asks on the way for what comes after it, a line at each link: for the next panel where panels
-lie beyond the second-level cache, else for the rows of C that are next.
+A tile asks on the way for what comes after it: for the next panel where panels lie beyond the
+second-level cache, else for the rows of C below its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _tile(of_strip):
     A[row, k] is at a[row*a_row + k], of a strip at a[k*STRIP*lanes + row]. `last` lanes of the last
     register of columns exist in init and C. Distances are in elements. If `fetch` is 1, not 0,
     there are COLS registers of columns, and each link asks for a line from `ahead` on; else, with
-    as many columns, the first links ask for a block of C at `below`.
+    as many columns, the first turns of the loop ask for as many rows of C from `below` on.
     """
     shapes = [(0, height, width) for height in range(1, ROWS + 1) for width in range(1, COLS + 1)]
     if not of_strip:
@@ -57,8 +57,8 @@ def _tile(of_strip):
         i = types.intp
 
         def codegen(context, builder, sig, args):
-            rows, cols, last, depth, a, a_row, fetch, p, ahead, *rest = args
-            init, init_row, c, c_row, below = rest
+            rows, cols, last, depth, a, a_row, fetch, p, ahead, *more = args
+            init, init_row, c, c_row, below = more
             number = rows.type
             line = LINE * 8 // vec.dtype.bitwidth
             mask = first_lanes(builder, vec, last)
@@ -72,22 +72,22 @@ def _tile(of_strip):
                 offset = builder.add(builder.mul(distance, number(times)), number(plus))
                 return builder.gep(pointer, [offset])
 
-            def loop(count, links, step, width, lines, p, ahead, sums):
+            def loop(count, links, asked, step, width, starts, p, ahead, sums):
                 """`count` times `links` links of every chain; all pointers and sums move on.
 
-                With a step each turn asks for `links` lines, `step` after those of the last.
+                Each turn asks for `asked` lines of the cache, `step` after those of the last turn.
                 """
                 before = builder.block
                 body = builder.append_basic_block("tile.loop")
                 end = builder.append_basic_block("tile.end")
                 builder.cbranch(builder.icmp_signed(">", count, number(0)), body, end)
                 builder.position_at_end(body)
-                state = [number(0), p, ahead, *lines, *sums]
+                state = [number(0), p, ahead, *starts, *sums]
                 phis = [builder.phi(value.type) for value in state]
                 turn, p, ahead, *rest = phis
-                lines, sums = rest[: len(lines)], rest[len(lines) :]
-                for offset in range(0, links * line if step is not None else 0, line):
-                    prefetch(builder, builder.gep(ahead, [number(offset)]))
+                starts, sums = rest[: len(starts)], rest[len(starts) :]
+                for i in range(asked):
+                    prefetch(builder, builder.gep(ahead, [number(i * line)]))
                 for link in range(links):
                     at = link * width * vec.lanes
                     panel = [
@@ -95,7 +95,7 @@ def _tile(of_strip):
                         for col in range(width)
                     ]
                     for row in range(len(sums) // width):
-                        start, at = (lines[0], row) if of_strip else (lines[row], 0)
+                        start, at = (starts[0], row) if of_strip else (starts[row], 0)
                         element = builder.gep(start, [number(link * along + at)])
                         x = splat(builder, vec, builder.load(element))
                         for col in range(width):
@@ -103,10 +103,9 @@ def _tile(of_strip):
                             sums[at] = multiply_add(builder, vec, x, panel[col], sums[at])
                 turn = builder.add(turn, number(1))
                 p = builder.gep(p, [number(links * width * vec.lanes)])
-                if step is not None:
-                    ahead = builder.gep(ahead, [step])
-                lines = [builder.gep(at, [number(links * along)]) for at in lines]
-                after = [turn, p, ahead, *lines, *sums]
+                ahead = builder.gep(ahead, [step])
+                starts = [builder.gep(at, [number(links * along)]) for at in starts]
+                after = [turn, p, ahead, *starts, *sums]
                 for phi, first, next_one in zip(phis, state, after, strict=True):
                     phi.add_incoming(first, before)
                     phi.add_incoming(next_one, body)
@@ -119,7 +118,7 @@ def _tile(of_strip):
                     phi.add_incoming(last_one, body)
                     merged.append(phi)
                 p, ahead, *rest = merged
-                return rest[: len(lines)], p, ahead, rest[len(lines) :]
+                return rest[: len(starts)], p, ahead, rest[len(starts) :]
 
             def block(fetch, height, width):
                 sums = []
@@ -130,20 +129,19 @@ def _tile(of_strip):
                             sums.append(read(builder, vec, source))
                         else:
                             sums.append(read_masked(builder, vec, source, mask))
-                lines = [a] if of_strip else [move(a, a_row, row) for row in range(height)]
+                starts = [a] if of_strip else [move(a, a_row, row) for row in range(height)]
                 turns = builder.sdiv(depth, number(LINKS))
-                rest = builder.srem(depth, number(LINKS))
-                state = lines, p, ahead, sums
-                step = number(LINKS * line) if fetch else None
+                left_over = builder.srem(depth, number(LINKS))
+                state = starts, p, ahead, sums
                 if width == COLS and not fetch:
-                    first = builder.select(
-                        builder.icmp_signed("<", turns, number(height)), turns, number(height)
-                    )
-                    lines, p_next, _, sums = loop(first, LINKS, c_row, width, lines, p, below, sums)
-                    state = lines, p_next, ahead, sums
+                    few = builder.icmp_signed("<", turns, number(height))
+                    first = builder.select(few, turns, number(height))
+                    row_of_c = -(-width * vec.lanes // line)
+                    state = loop(first, LINKS, row_of_c, c_row, width, starts, p, below, sums)
                     turns = builder.sub(turns, first)
-                state = loop(turns, LINKS, step, width, *state)
-                state = loop(rest, 1, number(line) if fetch else None, width, *state)
+                for count, links in ((turns, LINKS), (left_over, 1)):
+                    asked = links if fetch else 0
+                    state = loop(count, links, asked, number(asked * line), width, *state)
                 for at, value in enumerate(state[3]):
                     row, col = divmod(at, width)
                     target = move(c, c_row, row, col * vec.lanes)

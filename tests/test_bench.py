@@ -169,15 +169,43 @@ def test_a_name_it_does_not_know_is_an_error():
     assert "torsh" in run.stderr
 
 
-@pytest.mark.parametrize(("target", "code"), [(9.0, 0), (0.0, 1)])
+def race(folder, *options):
+    """What `bench.loss` does with a short text."""
+    (folder / "text").write_text("To be, or not to be: that is the question. " * 60)
+    command = [sys.executable, "-m", "bench.loss", str(folder / "text"), "--case", "T5B2I3H8L2"]
+    command += ["--steps", "4", "--every", "2", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(("target", "code"), [("9", 0), ("0", 1)])
 def test_a_race_to_a_loss(tmp_path, target, code):
     pytest.importorskip("torch")
-    (tmp_path / "text").write_text("To be, or not to be: that is the question. " * 60)
-    command = [sys.executable, "-m", "bench.loss", str(tmp_path / "text"), "--case", "T5B2I3H8L2"]
-    command += ["--steps", "4", "--every", "2", "--target", str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = race(tmp_path, "--target", target)
     assert done.returncode == code, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:2]] == ["fastrnn", "torch"]
     ends = [line.split(":")[0] for line in lines if " after " in line]
     assert ends == (["fastrnn", "torch"] if code == 0 else [])
+    turns = [line.split()[0] for line in lines if " steps " in line]
+    assert turns == ["fastrnn", "torch", "torch", "fastrnn"][: 2 if code == 0 else 4]
+
+
+def test_a_race_names_who_cannot_run(tmp_path):
+    done = race(tmp_path, "--target", "9", "--contestants", "fastrnn,numpy")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("numpy: Missing: no race to a loss")
+    assert "fastrnn: 9.0 after" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--case", "T2000B2I3H8"], "TEXT: expected more than 4002 characters"),
+        (["--case", "enormous"], "case: expected one of"),
+        (["--every", "0"], "expected a number from 1"),
+        (["--contestants", "torch:busy"], "expected some of"),
+    ],
+)
+def test_a_race_that_cannot_be_run(tmp_path, options, words):
+    done = race(tmp_path, *options)
+    assert done.returncode == 2
+    assert words in done.stderr

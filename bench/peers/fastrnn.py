@@ -80,13 +80,20 @@ class Learner:
     """loss_and_grads, clipping, Adam; keeps the state."""
 
     def __init__(
-        self, case: Case, cell: str, params: dict, norm: float, threads: int, dropout: float = 0.0
+        self,
+        case: Case,
+        cell: str,
+        params: dict,
+        norm: float,
+        threads: int,
+        dropout: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self.model = _model(case, cell, params, threads, dropout)
         self.adam = fastrnn.optim.Adam(self.model.params, lr=RATE)
         self.grads = {key: np.zeros_like(value) for key, value in self.model.params.items()}
         self.norm, self.state = norm, None
-        self.seeds = itertools.count(0, SEEDS)
+        self.seeds = itertools.count(seed << 32, SEEDS)
 
     def set_rate(self, rate: float) -> None:
         """Of Adam, from now on."""

@@ -113,13 +113,21 @@ class Learner:
     """Embedding, layers, linear, cross_entropy, clip_grad_norm_, Adam; keeps the state."""
 
     def __init__(
-        self, case: Case, cell: str, params: dict, norm: float, threads: int, dropout: float = 0.0
+        self,
+        case: Case,
+        cell: str,
+        params: dict,
+        norm: float,
+        threads: int,
+        dropout: float = 0.0,
+        seed: int = 0,
     ) -> None:
         torch.set_num_threads(threads)
         dtype = str(params["head.bias"].dtype)
         self.model = _load(_Model(case, cell, dropout), params, dtype)
         self.adam = torch.optim.Adam(self.model.parameters(), lr=RATE)
         self.norm, self.state = norm, None
+        torch.manual_seed(seed)
 
     def set_rate(self, rate: float) -> None:
         """Of Adam, from now on."""
