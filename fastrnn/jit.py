@@ -60,7 +60,7 @@ def kernel(function: Callable) -> Any:
 def linked(signature: Callable[[Any], Any]) -> Callable[[Callable], Any]:
     """Compile a function on pointers once for each dtype; kernels call it by its symbol.
 
-    signature   from a float type to the Numba signature; the first pointer of a call tells which
+    signature   from a float type to the Numba signature; the first pointer to floats tells which
     Such a function must not fail: nobody would hear of it. It may call those declared before it.
     """
 
@@ -69,7 +69,8 @@ def linked(signature: Callable[[Any], Any]) -> Callable[[Callable], Any]:
         _declared.append((name, function, signature))
 
         def call(typingctx, *args):
-            dtype = next(a.dtype for a in args if isinstance(a, types.CPointer))
+            pointed = (a.dtype for a in args if isinstance(a, types.CPointer))
+            dtype = next(d for d in pointed if isinstance(d, types.Float))
 
             def codegen(context, builder, sig, args):
                 kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])

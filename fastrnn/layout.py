@@ -30,10 +30,10 @@ class Layout:
     rows    (N,): the steps in the order in which gradients are added up: back in the caller's time,
             at each time in the caller's order of sequences
     before  (N,): the rows of the states before these
-    fresh   (B,): whether a sequence begins anew, without its initial state
-    first   (B,): the column that it begins in
-    final   (B,): the column that it ends in
-    last    (B,): the row of its final state
+    fresh   (B,): whether a sequence begins anew, without its initial state; None: no one does
+    first   (B,): the column that it begins in; a slice if these are all in order
+    final   (B,): the column that it ends in; likewise
+    last    (B,): the row of its final state; likewise
     """
 
     batch: int
@@ -43,10 +43,10 @@ class Layout:
     ends: np.ndarray
     rows: np.ndarray
     before: np.ndarray
-    fresh: np.ndarray
-    first: np.ndarray
-    final: np.ndarray
-    last: np.ndarray
+    fresh: np.ndarray | None
+    first: np.ndarray | slice
+    final: np.ndarray | slice
+    last: np.ndarray | slice
 
     @property
     def steps(self) -> int:
@@ -72,13 +72,13 @@ class Layout:
     def turned(self) -> Layout:
         """The same of columns that are turned round: they begin where a sequence ends."""
         length = np.diff(self.ends)
-        last = self.starts[length[self.first]] + self.first
-        fresh = np.zeros(self.batch, bool)
-        return replace(self, first=self.final, final=self.first, last=last, fresh=fresh)
+        first = np.arange(self.columns)[self.first]
+        last = _in_order(self.starts[length[first]] + first)
+        return replace(self, first=self.final, final=self.first, last=last, fresh=None)
 
     def begin(self, state: np.ndarray) -> np.ndarray:
         """An initial state (B, H), or its gradient, as far as it is heard of."""
-        if self.fresh.any():
+        if self.fresh is not None:
             state = state.copy()
             state[self.fresh] = 0
         return state
@@ -135,11 +135,16 @@ def of_lengths(lengths: np.ndarray, resets: np.ndarray | None = None) -> Layout:
         np.concatenate([[0], np.cumsum(length)]),
         rows,
         (starts[step] + column)[rows],
-        np.zeros(batch, bool) if resets is None else resets[0] & (lengths > 0),
-        first,
-        final,
-        starts[length[final]] + final,
+        None if resets is None else resets[0] & (lengths > 0),
+        _in_order(first),
+        _in_order(final),
+        _in_order(starts[length[final]] + final),
     )
+
+
+def _in_order(rows: np.ndarray) -> np.ndarray | slice:
+    """A slice, which NumPy is quicker with, if they follow one another."""
+    return slice(rows[0], rows[-1] + 1) if (np.diff(rows) == 1).all() else rows
 
 
 def _parts(lengths: np.ndarray, resets: np.ndarray) -> tuple[np.ndarray, ...]:

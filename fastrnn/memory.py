@@ -16,7 +16,7 @@ import numpy as np
 
 ALIGNMENT = 64
 # Below this the allocator of NumPy is as good; in all, this much idle memory is kept.
-_SMALLEST = 1 << 14
+_SMALLEST = 1 << 17
 _KEPT = 1 << 28
 
 _lock = threading.Lock()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ from fastrnn.units import parts_of_units
 _CHUNK_BYTES = 1 << 18
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """Of one direction, or their gradients; no biases: None."""
 
     x: np.ndarray

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastrnn
-from fastrnn import gemm, layers, optim
+from fastrnn import gemm, optim, single
 from fastrnn.cells import CELLS
 from fastrnn.clip import clip_grad_norm_, grad_norm
 from fastrnn.dropout import dropout
@@ -168,11 +168,11 @@ def test_many_random_cuts(case):
 @each_cell
 @each_dtype
 @each_input
-@pytest.mark.parametrize("chunk_bytes", [1, 5000, layers._CHUNK_BYTES])
+@pytest.mark.parametrize("chunk_bytes", [1, 5000, single._CHUNK_BYTES])
 def test_inference_and_training(cell, dtype, tokens, chunk_bytes, monkeypatch):
     problem = make_problem(cell, 9, 3, 5, 19, layers=2, tokens=tokens, dtype=dtype)
     want = computed(problem)
-    monkeypatch.setattr(layers, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(single, "_CHUNK_BYTES", chunk_bytes)
     for count in COUNTS:
         with threads(count):
             output, final = problem.rnn(problem.x, as_state(problem.state))

@@ -22,7 +22,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrnn import gemm, layers
+from fastrnn import gemm, single
 from fastrnn.cells import CELLS
 from fastrnn.simd import lanes
 
@@ -123,7 +123,7 @@ def test_many_random_shapes(case, size, batch):
 def test_chunks_of_steps(cell, dtype, chunk, T, monkeypatch):
     problem = make_problem(cell, T, 3, 4, 19, dtype=dtype)
     row = problem.rnn.cell.tape * -(-19 // lanes(dtype)) * lanes(dtype)
-    monkeypatch.setattr(layers, "_CHUNK_BYTES", chunk * 3 * row * np.dtype(dtype).itemsize)
+    monkeypatch.setattr(single, "_CHUNK_BYTES", chunk * 3 * row * np.dtype(dtype).itemsize)
     check(problem)
     output, final = problem.rnn(problem.x, as_state(problem.state))
     want = expected(problem)

@@ -18,7 +18,7 @@ from helpers import (
 from test_processes import EIGHT, LIMIT, PRELUDE, Program, posix
 
 from fastrnn import generate as generate_module
-from fastrnn import layers, meeting, parallel, units
+from fastrnn import layers, meeting, parallel, single, units
 from fastrnn.generate import generate
 from fastrnn.models import CELL_NAMES, LanguageModel
 from fastrnn.tile import COLS
@@ -41,7 +41,7 @@ def met(monkeypatch):
         meeting_together(function, parts, *arguments)
 
     meeting_together = meeting.together
-    monkeypatch.setattr(layers, "together", spied)
+    monkeypatch.setattr(single, "together", spied)
     return found
 
 
@@ -54,7 +54,7 @@ each_input = pytest.mark.parametrize("tokens", [False, True], ids=["dense", "tok
 @pytest.mark.parametrize("past", [-1, 0, 1, 5], ids=lambda past: f"panels{past:+d}")
 @pytest.mark.parametrize("batch", [1, 7])
 def test_same_bits(cell, dtype, tokens, past, batch, shared, met):
-    lanes = layers.lanes(dtype)
+    lanes = single.lanes(dtype)
     hidden = 2 * COLS * lanes + past
     problem = make_problem(cell, 5, batch, 9, hidden, layers=2, tokens=tokens, dtype=dtype)
     with threads(1):
@@ -76,7 +76,7 @@ def test_same_bits(cell, dtype, tokens, past, batch, shared, met):
 @pytest.mark.parametrize("embedding", [0, 7])
 @pytest.mark.parametrize("options", [{}, {"greedy": True}, {"top_k": 3, "eos": 1}], ids=str)
 def test_sampling(name, dtype, embedding, options, shared, monkeypatch):
-    hidden = 2 * COLS * layers.lanes(dtype) + 3
+    hidden = 2 * COLS * single.lanes(dtype) + 3
     model = LanguageModel(
         11, hidden, cell=name, num_layers=2, embedding_size=embedding, dtype=dtype, seed=3
     )
