@@ -8,6 +8,7 @@ summed up by token first: there, pieces agree with the whole to rounding.)
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from fastrnn.checks import (
     as_tokens,
 )
 from fastrnn.dropout import dropout
+from fastrnn.frozen import Frozen
 from fastrnn.meeting import NOBODY, together
 from fastrnn.memory import empty, zeros
 from fastrnn.module import Module, Params, new_grads
@@ -94,6 +96,8 @@ class _Recurrent(Module):
 
     cell: Cell
     state_names: tuple[str, ...] = ("h",)
+    # Packed weights by what they were packed for, where `params` do not change any more.
+    _packed: dict[tuple, tuple] | None = None
 
     def __init__(
         self,
@@ -226,9 +230,9 @@ class _Recurrent(Module):
         cell, size, dtype = self.cell, self.hidden_size, self.dtype
         steps, batch = x.shape[:2]
         hidden = padded(size, dtype)
-        weight_x, weight_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
         tokens = x.dtype == np.int32
-        work = steps * batch * cell.gates * hidden * (size + (0 if tokens else weight_x.shape[1]))
+        inputs = 0 if tokens else self.params[f"weight_ih_l{layer}"].shape[1]
+        work = steps * batch * cell.gates * hidden * (size + inputs)
         row = cell.tape * hidden
         meet = parts_of_units(cell, steps, batch, size, dtype)
         if meet > 1:
@@ -245,15 +249,7 @@ class _Recurrent(Module):
         for i, value in enumerate(states[1:]):
             carry[0, :, i * hidden : i * hidden + size] = value
         tape = empty((steps if keep else chunk, batch, row), dtype)
-        b_x, b_h = self.params.get(f"bias_ih_l{layer}"), self.params.get(f"bias_hh_l{layer}")
-        bias = pack_bias(cell, size, dtype, b_x, b_h)
-        if vectors is None:
-            packed = pack_transposed(
-                weight_x, cell.order_x, rows=tokens, apart=meet > 1 and not tokens
-            )
-        else:
-            packed = pack_vectors(weight_x, cell.order_x, bias, vectors)
-        packed_h = pack_transposed(weight_h, cell.order_h, apart=meet > 1)
+        packed, packed_h, bias = self._pack(layer, tokens, meet > 1, vectors)
         arguments = (cell, cell.tail, chunk, int(keep), x, packed, packed_h, bias, h, carry, tape)
         if meet > 1:
             together(recurrence.forward_slice, meet, *arguments)
@@ -261,6 +257,27 @@ class _Recurrent(Module):
             run(recurrence.forward_slice, parts, NOBODY, *arguments)
         # A view, since backward relies on the shape.
         return _Saved(x, h, carry, tape, None if vectors is None else vectors.view(), 0)
+
+    def _pack(
+        self, layer: int, tokens: bool, apart: bool, vectors: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """W_x, W_h and the bias of a layer as its kernels take them."""
+        key = layer, tokens, apart
+        lasting = self._packed if vectors is None else None
+        if lasting is not None and key in lasting:
+            return lasting[key]
+        cell = self.cell
+        w_x, w_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
+        b_x, b_h = self.params.get(f"bias_ih_l{layer}"), self.params.get(f"bias_hh_l{layer}")
+        bias = pack_bias(cell, self.hidden_size, self.dtype, b_x, b_h)
+        if vectors is None:
+            packed = pack_transposed(w_x, cell.order_x, rows=tokens, apart=apart and not tokens)
+        else:
+            packed = pack_vectors(w_x, cell.order_x, bias, vectors)
+        found = packed, pack_transposed(w_h, cell.order_h, apart=apart), bias
+        if lasting is not None:
+            lasting[key] = found
+        return found
 
     def training_bytes(self, steps: int, batch: int) -> int:
         """Bytes that `forward` and `backward` take at most, for features of (steps, batch, I).
@@ -464,6 +481,17 @@ class _Recurrent(Module):
         if batch is not None:
             batch = as_size("batch", batch)
         return Stepper(self, batch, bool(tokens))
+
+    def freeze(self) -> Frozen:
+        """The layers with weights that stay: `y, state = run(x)`; see `Frozen`."""
+        return Frozen(self)
+
+    def _fixed(self) -> _Recurrent:
+        """A copy whose weights stay what they are now."""
+        self.check_params()
+        fixed = copy.copy(self)
+        fixed.params, fixed._packed = self.state_dict(), {}
+        return fixed
 
     def _input(self, x: Any, vectors: np.ndarray | None) -> tuple[np.ndarray, bool]:
         """x time-major, floats (T, B, I) or int32 (T, B), and whether it came without B."""

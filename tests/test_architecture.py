@@ -29,7 +29,7 @@ LEVELS = (
     {"gemm"},
     {"cells", "dropout", "loss", "optim", "clip", "units"},
     {"pack"},
-    {"recurrence", "module", "stepper"},
+    {"recurrence", "module", "stepper", "frozen"},
     {"layers", "dense"},
     {"models"},
     {"train", "generate", "score"},

@@ -38,9 +38,10 @@ def training(case: Case, cell: str, dtype: str, threads: int) -> Any:
 
 
 def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
-    """forward without a tape."""
+    """forward without a tape; like a session, with weights that stay."""
     layer, given = _layer(case, cell, dtype, threads)
-    return lambda: layer(given.x)[0], lambda y: {"y": y}
+    run = layer.freeze()
+    return lambda: run(given.x)[0], lambda y: {"y": y}
 
 
 def stepping(case: Case, cell: str, dtype: str, threads: int) -> Any:
