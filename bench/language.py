@@ -31,6 +31,18 @@ class Text(NamedTuple):
     targets: np.ndarray
 
 
+class Lesson(NamedTuple):
+    """What a contestant's `Learner` is given: a model, its first weights, how it is trained."""
+
+    case: Case
+    cell: str
+    params: dict[str, np.ndarray]
+    norm: float
+    threads: int
+    dropout: float = 0.0
+    seed: int = 0
+
+
 def weights(
     case: Case, cell: str, dtype: str, random: np.random.Generator
 ) -> dict[str, np.ndarray]:

@@ -54,7 +54,7 @@ def _write(path: Path, text: str, case: Case, cell: str) -> int:
     end = len(ids) - int(len(ids) * _KEPT)
     case = case._replace(I=len(vocabulary))
     params = weights(case, cell, "float32", np.random.default_rng(0))
-    # From a variance of 1, as PyTorch's begin, our loss came to 1.56 in as many steps, not to 1.5.
+    # From a variance of 1, as PyTorch's begin, no run of ours came to 1.5.
     params["embedding.weight"] *= 0.1
     train, kept = _streams(ids[:end], case.B, case.T), _streams(ids[end:], _STREAMS, 1)
     np.savez(path, train=train, kept=kept, **params)

@@ -102,6 +102,9 @@ class Worker:
 
     def begin(self, case: str, cell: str, path: str, size: int, **more: Any) -> dict[str, Any]:
         """Set up the model, read the text; windows of another model warm up."""
+        # Others must not carry the reference, which their memory is measured without.
+        from bench.language import Lesson
+
         if not hasattr(self.module, "Learner"):
             raise Missing("no race to a loss")
         with np.load(path) as file:
@@ -110,7 +113,8 @@ class Worker:
         sizes = find(case)._replace(I=size)
         for warming in (True, False):
             copies = {key: value.copy() for key, value in params.items()}
-            self.learner = self.module.Learner(sizes, cell, copies, threads=self.threads, **more)
+            lesson = Lesson(sizes, cell, copies, threads=self.threads, **more)
+            self.learner = self.module.Learner(lesson)
             self.windows = self._windows(train, sizes.T)
             if warming:
                 self.learn([0.0] * _WARM)

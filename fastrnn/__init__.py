@@ -48,9 +48,12 @@ _PLACES |= dict.fromkeys(("get_num_threads", "set_num_threads"), "parallel")
 
 
 def __getattr__(name: str) -> Any:
+    place = f"fastrnn.{_PLACES.get(name, name)}"
     try:
-        module = importlib.import_module(f"fastrnn.{_PLACES.get(name, name)}")
-    except ModuleNotFoundError:
+        module = importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name != place:
+            raise
         raise AttributeError(f"module 'fastrnn' has no attribute {name!r}") from None
     value = getattr(module, name) if name in _PLACES else module
     globals()[name] = value

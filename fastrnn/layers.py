@@ -8,6 +8,7 @@ summed up by token first: there, pieces agree with the whole to rounding.)
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -33,6 +34,7 @@ from fastrnn.checks import (
     mask_lengths,
 )
 from fastrnn.dropout import dropout
+from fastrnn.frozen import Frozen
 from fastrnn.layout import Layout, even, of_lengths
 from fastrnn.memory import empty
 from fastrnn.module import Module, Params, new_grads
@@ -89,6 +91,8 @@ class _Recurrent(Module):
 
     cell: Cell
     state_names: tuple[str, ...] = ("h",)
+    # What weights were packed to, by layer and side, where `params` do not change any more.
+    _packed: dict[tuple, dict] | None = None
 
     def __init__(
         self,
@@ -131,6 +135,11 @@ class _Recurrent(Module):
                 values = random.uniform(-bound, bound, shape)
                 params[f"{key}_l{layer}{end}"] = values.astype(self.dtype)
         self._own(params)
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        self._keys = [
+            [tuple(f"{name}_l{layer}{end}" for name in names) for end in self._ends]
+            for layer in range(self.num_layers)
+        ]
         self._seeds = np.random.default_rng(random.integers(2**63))
 
     @property
@@ -151,11 +160,14 @@ class _Recurrent(Module):
 
     def _weights(self, layer: int, arrays: Mapping[str, np.ndarray]) -> list[Weights]:
         """Of a layer's directions, from `params` or from gradients like them."""
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        return [
-            Weights(*(arrays.get(f"{name}_l{layer}{end}") for name in names))  # type: ignore
-            for end in self._ends
-        ]
+        found = []
+        for side, keys in enumerate(self._keys[layer]):
+            packed = None
+            if self._packed is not None and arrays is self.params:
+                packed = self._packed.setdefault((layer, side), {})
+            w_x, w_h, b_x, b_h = (arrays.get(key) for key in keys)
+            found.append(Weights(w_x, w_h, b_x, b_h, packed))  # type: ignore[arg-type]
+        return found
 
     def _states(self, layer: int, states: list[np.ndarray]) -> list[list[np.ndarray]]:
         """The states of a layer's directions, from parts (layers * directions, B, H)."""
@@ -436,6 +448,17 @@ class _Recurrent(Module):
         if batch is not None:
             batch = as_size("batch", batch)
         return Stepper(self, batch, bool(tokens))
+
+    def freeze(self) -> Frozen:
+        """The layers with weights that stay: `y, state = run(x)`; see `Frozen`."""
+        return Frozen(self)
+
+    def _fixed(self) -> _Recurrent:
+        """A copy whose weights stay what they are now."""
+        self.check_params()
+        fixed = copy.copy(self)
+        fixed.params, fixed._packed = self.state_dict(), {}
+        return fixed
 
     def _input(self, x: Any, vectors: np.ndarray | None) -> tuple[np.ndarray, bool]:
         """x time-major, floats (T, B, I) or int32 (T, B), and whether it came without B."""

@@ -23,12 +23,33 @@ _CHUNK_BYTES = 1 << 18
 
 
 class Weights(NamedTuple):
-    """Of one direction, or their gradients; no biases: None."""
+    """Of one direction, or their gradients; no biases: None.
+
+    packed  what they were packed to, where they do not change any more
+    """
 
     x: np.ndarray
     h: np.ndarray
     b_x: np.ndarray | None
     b_h: np.ndarray | None
+    packed: dict[tuple, tuple] | None = None
+
+    def pack(
+        self, cell: Cell, tokens: bool, apart: bool, vectors: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """W_x, W_h and the bias as forward takes them."""
+        packed = self.packed if vectors is None else None
+        if packed is not None and (tokens, apart) in packed:
+            return packed[tokens, apart]
+        bias = pack_bias(cell, self.h.shape[1], self.h.dtype, self.b_x, self.b_h)
+        if vectors is None:
+            w_x = pack_transposed(self.x, cell.order_x, rows=tokens, apart=apart and not tokens)
+        else:
+            w_x = pack_vectors(self.x, cell.order_x, bias, vectors)
+        found = w_x, pack_transposed(self.h, cell.order_h, apart=apart), bias
+        if packed is not None:
+            packed[tokens, apart] = found
+        return found
 
 
 @dataclass
@@ -117,13 +138,7 @@ def forward(
         for i, value in enumerate(state[1:]):
             carry[layout.first, i * hidden : i * hidden + size] = layout.begin(value)
         tape = empty((count if keep else min(count, chunk * columns), row), dtype)
-        bias = pack_bias(cell, size, dtype, of.b_x, of.b_h)
-        if vectors is None:
-            apart = meet > 1 and not tokens
-            packed = pack_transposed(of.x, cell.order_x, rows=tokens, apart=apart)
-        else:
-            packed = pack_vectors(of.x, cell.order_x, bias, vectors)
-        packed_h = pack_transposed(of.h, cell.order_h, apart=meet > 1)
+        packed, packed_h, bias = of.pack(cell, tokens, meet > 1, vectors)
         call: tuple = (cell, cell.tail, chunk, int(keep), layout.starts, layout.ends)
         calls.append((*call, x, packed, packed_h, bias, h, carry, tape))
         # A view, since backward relies on the shape.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
 import sys
 import tokenize
 import tomllib
@@ -28,7 +29,7 @@ LEVELS = (
     {"gemm", "layout"},
     {"cells", "dropout", "loss", "optim", "clip", "units"},
     {"pack"},
-    {"recurrence", "module", "stepper"},
+    {"recurrence", "module", "stepper", "frozen"},
     {"single", "dense"},
     {"layers"},
     {"models"},
@@ -251,6 +252,13 @@ def test_public_names_are_complete():
     assert own <= set(fastrnn.__all__) | {"__getattr__", "__dir__"}
     with pytest.raises(AttributeError, match="'fastrnn' has no attribute 'nothing'"):
         fastrnn.nothing  # noqa: B018
+
+
+def test_a_missing_dependency_is_named():
+    script = "import sys; sys.modules['numba'] = None; import fastrnn; fastrnn.GRU"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: import of numba halted" in done.stderr
 
 
 @each_file

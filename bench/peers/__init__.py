@@ -3,7 +3,8 @@
 A module offers a function for each of `bench.cases.MODES` that it has: `training(case, cell, dtype,
 threads)` and so on set up the work and return `(step, read)`. `step()` does the work that is timed;
 `read(result)`, called once after the first of them, turns what it returned into an `Answer`. What a
-contestant cannot do raises `Missing`. For `bench.loss` there is a class `Learner`.
+contestant cannot do raises `Missing`. For `bench.loss` there is a class `Learner`
+that takes a `bench.language.Lesson`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 
 import fastrnn
 from bench.cases import Case
-from bench.language import NORM, RATE, STEPS, seen, text
+from bench.language import NORM, RATE, STEPS, Lesson, seen, text
 from bench.problem import Answer, Problem, problem
 from fastrnn.clip import clip_grad_norm_
 from fastrnn.generate import generate
@@ -38,9 +38,10 @@ def training(case: Case, cell: str, dtype: str, threads: int) -> Any:
 
 
 def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
-    """forward without a tape."""
+    """forward without a tape; like a session, with weights that stay."""
     layer, given = _layer(case, cell, dtype, threads)
-    return lambda: layer(given.x)[0], lambda y: {"y": y}
+    run = layer.freeze()
+    return lambda: run(given.x)[0], lambda y: {"y": y}
 
 
 def stepping(case: Case, cell: str, dtype: str, threads: int) -> Any:
@@ -79,20 +80,12 @@ def _model(case: Case, cell: str, params: dict, threads: int, dropout: float = 0
 class Learner:
     """loss_and_grads, clipping, Adam; keeps the state."""
 
-    def __init__(
-        self,
-        case: Case,
-        cell: str,
-        params: dict,
-        norm: float,
-        threads: int,
-        dropout: float = 0.0,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, lesson: Lesson) -> None:
+        case, cell, params, self.norm, threads, dropout, seed = lesson
         self.model = _model(case, cell, params, threads, dropout)
         self.adam = fastrnn.optim.Adam(self.model.params, lr=RATE)
         self.grads = {key: np.zeros_like(value) for key, value in self.model.params.items()}
-        self.norm, self.state = norm, None
+        self.state = None
         self.seeds = itertools.count(seed << 32, SEEDS)
 
     def set_rate(self, rate: float) -> None:
@@ -118,7 +111,7 @@ class Learner:
 def language(case: Case, cell: str, dtype: str, threads: int) -> Any:
     """`Learner`, from a state of zeros."""
     params, tokens, targets = text(case, cell, dtype)
-    learner = Learner(case, cell, params, NORM, threads)
+    learner = Learner(Lesson(case, cell, params, NORM, threads))
 
     def step() -> tuple[float, float]:
         learner.state = None

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bench.cases import Case
-from bench.language import NORM, RATE, STEPS, seen, text
+from bench.language import NORM, RATE, STEPS, Lesson, seen, text
 from bench.problem import Answer, Problem, problem
 
 _KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
@@ -112,21 +112,13 @@ class _Model(nn.Module):
 class Learner:
     """Embedding, layers, linear, cross_entropy, clip_grad_norm_, Adam; keeps the state."""
 
-    def __init__(
-        self,
-        case: Case,
-        cell: str,
-        params: dict,
-        norm: float,
-        threads: int,
-        dropout: float = 0.0,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, lesson: Lesson) -> None:
+        case, cell, params, self.norm, threads, dropout, seed = lesson
         torch.set_num_threads(threads)
         dtype = str(params["head.bias"].dtype)
         self.model = _load(_Model(case, cell, dropout), params, dtype)
         self.adam = torch.optim.Adam(self.model.parameters(), lr=RATE)
-        self.norm, self.state = norm, None
+        self.state = None
         torch.manual_seed(seed)
 
     def set_rate(self, rate: float) -> None:
@@ -163,7 +155,7 @@ class Learner:
 def language(case: Case, cell: str, dtype: str, threads: int) -> Any:
     """`Learner`, from a state of zeros."""
     params, tokens, targets = text(case, cell, dtype)
-    learner = Learner(case, cell, params, NORM, threads)
+    learner = Learner(Lesson(case, cell, params, NORM, threads))
 
     def step() -> tuple[float, float]:
         learner.state = None

@@ -1,0 +1,112 @@
+"""A frozen layer is the layer, to the bit, as it was."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+
+import fastrnn
+from fastrnn import single
+
+KINDS = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def parts(result):
+    y, state = result
+    return [y, *(state if isinstance(state, tuple) else (state,))]
+
+
+def same(found, wanted):
+    for a, b in zip(parts(found), parts(wanted), strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_way_of_running(kind, dtype, count, rng, threads):
+    threads(count)
+    layer = kind(70, 130, 2, dtype=dtype, seed=0)
+    run = layer.freeze()
+    # One sequence shares its units, many are shared out; tokens and vectors beside features.
+    for shape in ((40, 1, 70), (3, 33, 70), (5, 70)):
+        x = rng.standard_normal(shape).astype(dtype)
+        tokens = rng.integers(70, size=shape[:-1])
+        vectors = rng.standard_normal((70, 70)).astype(dtype)
+        for _ in range(2):
+            same(run(x), layer(x))
+            same(run(tokens), layer(tokens))
+            same(run(tokens, vectors=vectors), layer(tokens, vectors=vectors))
+            vectors *= 2
+        state = layer(x)[1]
+        same(run(x, state), layer(x, state))
+
+
+@each_kind
+def test_weights_stay_until_refresh(kind, rng):
+    layer = kind(3, 5, seed=0)
+    x = rng.standard_normal((4, 2, 3)).astype("f4")
+    before = layer(x)
+    run = layer.freeze()
+    for value in layer.params.values():
+        value *= 2
+    # Also for a way of running that did not occur before.
+    same(run(x), before)
+    run.refresh()
+    same(run(x), layer(x))
+    assert (layer(x)[0] != before[0]).any()
+    layer.params["weight_hh_l0"] = np.zeros(3)
+    with pytest.raises(ValueError, match="weight_hh_l0"):
+        run.refresh()
+    same(run(x), run(x))
+
+
+def test_weights_are_packed_once(rng, monkeypatch):
+    calls = []
+    pack = single.pack_transposed
+    monkeypatch.setattr(single, "pack_transposed", lambda *a, **k: calls.append(a) or pack(*a, **k))
+    run = fastrnn.GRU(3, 5, 2, seed=0).freeze()
+    x = rng.standard_normal((4, 2, 3)).astype("f4")
+    first = run(x)
+    assert len(calls) == 4
+    same(run(x), first)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))]
+)
+def test_copies(copied, rng):
+    layer = fastrnn.LSTM(3, 5, seed=0)
+    x = rng.standard_normal((4, 2, 3)).astype("f4")
+    run = layer.freeze()
+    wanted = run(x)
+    same(copied(run)(x), wanted)
+
+
+def test_bad_input_is_named():
+    run = fastrnn.LSTM(3, 5, seed=0).freeze()
+    with pytest.raises(ValueError, match=r"x: expected .*\(T, B, I\)"):
+        run(np.zeros((4, 2, 4), "f4"))
+
+
+def test_threads_share_it(rng):
+    run = fastrnn.GRU(30, 50, seed=0).freeze()
+    xs = [rng.standard_normal((20, b, 30)).astype("f4") for b in (1, 2, 3, 4)]
+    found = [None] * 4
+
+    def work(i):
+        found[i] = run(xs[i])
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for result, x in zip(found, xs, strict=True):
+        same(result, run(x))
