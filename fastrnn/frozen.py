@@ -26,7 +26,13 @@ class Frozen:
         self._fixed = self._layer._fixed()
 
     def __call__(
-        self, x: Any, state: Any = None, lengths: Any = None, *, vectors: Any = None
+        self,
+        x: Any,
+        state: Any = None,
+        lengths: Any = None,
+        *,
+        resets: Any = None,
+        vectors: Any = None,
     ) -> tuple[np.ndarray, Any]:
         """Run over a sequence: see `LSTM.__call__` and its like."""
-        return self._fixed(x, state, lengths, vectors=vectors)
+        return self._fixed(x, state, lengths, resets=resets, vectors=vectors)

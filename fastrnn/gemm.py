@@ -123,13 +123,13 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
 
 
 @helper
-def _fill_panel(x, m, rows, depth, panel):
-    """Panels of `depth` of the rows of x (any, m)."""
+def _fill_panel(x, x_row, m, rows, depth, panel):
+    """Panels of `depth` of the rows of x, of m numbers each, x_row apart."""
     w = width_of(x)
     wide = COLS * w
     whole = m // w * w
     for j in range(depth):
-        source = rows[j] * m
+        source = rows[j] * x_row
         for left in range(0, m, wide):
             right = min(left + wide, m)
             target = left * depth + j * ((right - left + w - 1) // w * w) - left
@@ -240,13 +240,13 @@ def _add_products(strips, first, end, blocks, size, depth, order, panel, m, out)
 
 def _accumulate_signature(dtype):
     i, p, n = types.intp, types.CPointer(dtype), types.CPointer(types.intp)
-    return types.void(i, n, n, p, i, i, i, n, i, i, p, i, p, p, p, i, p, p, p, p)
+    return types.void(i, n, n, p, i, i, i, n, i, i, p, i, p, p, p, i, i, p, p, p, p)
 
 
 @linked(_accumulate_signature)
 def accumulate(
     count, rows, rows_h, d, d_row, size, runs, order, first, end,
-    x, m_x, out_x, sums_x, h, m_h, out_h, sums_h, panel, strips,
+    x, m_x, out_x, sums_x, h, h_row, m_h, out_h, sums_h, panel, strips,
 ):  # fmt: skip
     """Add d.T @ x to out_x and d.T @ h to out_h, and the sums of d's columns to sums_x and sums_h.
 
@@ -254,8 +254,8 @@ def accumulate(
     several. Run g adds to the rows of out_x from order[g]*size on, and to those of out_h from
     order[runs + g]*size; below 0: to none. Only the register blocks [first, end) of d are done.
     Row rows[j] of d and x and row rows_h[j] of h belong together; they are added up in the order of
-    j, of which there are `count`. panel and strips: memory from `panel_scratch` and
-    `strip_scratch`.
+    j, of which there are `count`. Rows of h lie h_row apart. panel and strips: memory from
+    `panel_scratch` and `strip_scratch`.
     """
     w = width_of(d)
     blocks = (size + w - 1) // w
@@ -264,8 +264,8 @@ def accumulate(
     for start in range(0, count, RUN):
         depth = min(RUN, count - start)
         here = at(rows, start)
-        _fill_panel(x, m_x, here, depth, panel)
-        _fill_panel(h, m_h, at(rows_h, start), depth, panel_h)
+        _fill_panel(x, m_x, m_x, here, depth, panel)
+        _fill_panel(h, h_row, m_h, at(rows_h, start), depth, panel_h)
         block = first
         while block < end:
             after = _group(block, end, blocks)
@@ -323,7 +323,7 @@ def affine_gradients(part, parts, rows, x, d_y, p, zeros, d_x, d_weight, d_bias)
     accumulate(
         rows.size, at(rows, 0), at(rows, 0), at(d_y, 0), n, n, 1, at(order, 0), first, end,
         at(x, 0), size, at(d_weight, 0), at(d_bias, 0),
-        at(x, 0), 0, at(d_weight, 0), at(d_bias, 0), at(panel, 0), at(strip, 0),
+        at(x, 0), 0, 0, at(d_weight, 0), at(d_bias, 0), at(panel, 0), at(strip, 0),
     )  # fmt: skip
     keep_alive(order)
     keep_alive(panel)

@@ -73,14 +73,14 @@ def _draw(logits, at, size, temperature, top_k, top_p, u, weights):
 
 @kernel
 def _generate(
-    part, parts, meeting, cell, columns, embedding, weights, places, w_head, b_head,
+    part, parts, meeting, cell, columns, embedding, values, places, w_head, b_head,
     h, carry, tokens, x, s, logits, chances, greedy, temperature, top_k, top_p, seed, eos,
     out, counts, left,
 ):  # fmt: skip
     """Continue the sequences of one slice of the batch, or all on one slice of the units.
 
     embedding           (V, E) if the first layer does not take tokens, else (1, 0)
-    weights, places     of all layers, see `fastrnn.stepper`
+    values, places      of all layers, see `fastrnn.stepper`
     h                   (2, layers, B, H), in turn before and after a step
     carry (layers, B, carries*Hp), tokens (B,): where they are; updated
     x, s, logits        (parts or 1, B, E), (B, columns), (B, V), scratch; chances (parts, V), too
@@ -124,7 +124,7 @@ def _generate(
         inputs = at(x, (mine * batch + first) * width)
         before, after = h[step % 2], h[(step + 1) % 2]
         done = advance(
-            cell, weights, places, inputs, tokens, before, after, carry,
+            cell, values, places, inputs, tokens, before, after, carry,
             at(s, first * columns), columns, first, rows, low, high, meeting, part, parts, done,
         )  # fmt: skip
         if not draws:
@@ -209,8 +209,7 @@ def generate(
         _, state = model.rnn(x, state)
     rnn, dtype = model.rnn, model.dtype
     cell = rnn.cell
-    keys = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    layers = [[rnn.params[f"{key}_l{i}"] for key in keys] for i in range(model.num_layers)]
+    layers = [rnn._weights(i, rnn.params)[0][:5] for i in range(model.num_layers)]
     hidden = model.hidden_size
     parts = parts_of_units(cell, length, batch, hidden, dtype)
     apart = parts > 1
@@ -219,7 +218,7 @@ def generate(
     if model.embedding is not None and vocabulary <= length * batch:
         vectors = model.embedding.params["weight"]
     tokens = model.embedding is None or vectors is not None
-    bound = bind(cell, layers, tokens, vectors=vectors, apart=apart)
+    bound = bind(cell, layers, tokens, table=vectors, apart=apart)
     embedding = np.zeros((1, 0), dtype)
     if not tokens and model.embedding is not None:
         embedding = model.embedding.params["weight"]
@@ -236,7 +235,7 @@ def generate(
     seed = as_size("seed", seed, -(2**63))
     if not apart:
         table = rnn.params["weight_ih_l0"].size if tokens else 0
-        work = length * batch * (bound.weights.size - table + hidden * vocabulary)
+        work = length * batch * (bound.values.size - table + hidden * vocabulary)
         parts = parts_for(work, batch)
     columns = cell.tape * run_length
     arguments = (

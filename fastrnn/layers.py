@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastrnn import gemm
-from fastrnn.cells import CELLS, Cell
+from fastrnn.cells import CELLS, Cell, lstm
 from fastrnn.checks import (
     as_array,
     as_choice,
@@ -91,6 +91,8 @@ class _Recurrent(Module):
 
     cell: Cell
     state_names: tuple[str, ...] = ("h",)
+    # Vectors of the cell that are no parameters: a number for all units.
+    _settings: tuple[float, ...] = ()
     # What weights were packed to, by layer and side, where `params` do not change any more.
     _packed: dict[tuple, dict] | None = None
 
@@ -131,11 +133,13 @@ class _Recurrent(Module):
             }
             if self.bias:
                 shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+            if self.cell.trained:
+                shapes["weight_ch"] = (self.cell.trained, self.hidden_size)
             for key, shape in shapes.items():
                 values = random.uniform(-bound, bound, shape)
                 params[f"{key}_l{layer}{end}"] = values.astype(self.dtype)
         self._own(params)
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch")
         self._keys = [
             [tuple(f"{name}_l{layer}{end}" for name in names) for end in self._ends]
             for layer in range(self.num_layers)
@@ -156,17 +160,21 @@ class _Recurrent(Module):
     def _kind(self) -> tuple:
         """What two layers share if one can work on what the other has saved."""
         sizes = self.input_size, self.hidden_size, self.num_layers
-        return self.cell.name, *sizes, self.bidirectional, self.merge, self.dtype
+        return self.cell.name, *self._settings, *sizes, self.bidirectional, self.merge, self.dtype
 
     def _weights(self, layer: int, arrays: Mapping[str, np.ndarray]) -> list[Weights]:
         """Of a layer's directions, from `params` or from gradients like them."""
         found = []
         for side, keys in enumerate(self._keys[layer]):
             packed = None
-            if self._packed is not None and arrays is self.params:
-                packed = self._packed.setdefault((layer, side), {})
-            w_x, w_h, b_x, b_h = (arrays.get(key) for key in keys)
-            found.append(Weights(w_x, w_h, b_x, b_h, packed))  # type: ignore[arg-type]
+            w_x, w_h, b_x, b_h, v = (arrays.get(key) for key in keys)
+            if arrays is self.params:
+                if self._packed is not None:
+                    packed = self._packed.setdefault((layer, side), {})
+                if self._settings:
+                    rows = [np.full((1, self.hidden_size), n, self.dtype) for n in self._settings]
+                    v = np.concatenate(rows if v is None else [v, *rows])
+            found.append(Weights(w_x, w_h, b_x, b_h, v, packed))  # type: ignore[arg-type]
         return found
 
     def _states(self, layer: int, states: list[np.ndarray]) -> list[list[np.ndarray]]:
@@ -561,13 +569,23 @@ class RNN(_Recurrent):
 
 
 class GRU(_Recurrent):
-    """Gated recurrent unit, Cho et al. (2014, arXiv:1406.1078v1), reset after the product.
+    """Gated recurrent unit, Cho et al. (2014, arXiv:1406.1078v1).
 
     Arguments, shapes, gate order r, z, n and parameter keys are those of `torch.nn.GRU`. dtype is
     float32 or float64; `seed` draws the initial weights, U(-1/sqrt(H), 1/sqrt(H)).
+
+    reset_after  False: the reset gate acts on h before the product, W_hn (r h), as in version 3 of
+                 the paper, Keras with reset_after=False and ONNX by default; another network
+    reset_gate   False: none, r is 1; the weights have the gates z, n
     """
 
-    cell = CELLS["gru"]
+    def __init__(
+        self, *args: Any, reset_after: bool = True, reset_gate: bool = True, **kwargs: Any
+    ) -> None:
+        self.reset_after, self.reset_gate = bool(reset_after), bool(reset_gate)
+        form = "gru" if reset_after else "gru_before"
+        self.cell = CELLS[form if reset_gate else "gru_simple"]
+        super().__init__(*args, **kwargs)
 
 
 class LSTM(_Recurrent):
@@ -575,7 +593,27 @@ class LSTM(_Recurrent):
 
     Arguments, shapes, gate order i, f, g, o and parameter keys are those of `torch.nn.LSTM`. dtype
     is float32 or float64; `seed` draws the initial weights, U(-1/sqrt(H), 1/sqrt(H)).
+
+    peephole   gates see the cell state (Gers and Schmidhuber 2000): `weight_ch` (3, H), what it is
+               multiplied by in the gates i, f (before the step), o (after it)
+    coupled    the forget gate is 1 - i (Greff et al. 2015): the weights have the gates i, g, o,
+               weight_ch i, o
+    cell_clip  the cell state stays within +-cell_clip; where it would not, no gradient passes
     """
 
-    cell = CELLS["lstm"]
     state_names = ("h", "c")
+
+    def __init__(
+        self,
+        *args: Any,
+        peephole: bool = False,
+        coupled: bool = False,
+        cell_clip: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.peephole, self.coupled, self.cell_clip = bool(peephole), bool(coupled), cell_clip
+        if cell_clip is not None:
+            self.cell_clip = as_number("cell_clip", cell_clip, 0, math.inf, open_low=True)
+            self._settings = (self.cell_clip,)
+        self.cell = lstm(peephole=self.peephole, coupled=self.coupled, clip=cell_clip is not None)
+        super().__init__(*args, **kwargs)

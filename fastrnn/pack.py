@@ -6,7 +6,8 @@ Packing is done at every call, since the arrays of `params` belong to the user a
 from __future__ import annotations
 
 import functools
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,20 +68,29 @@ def _pack(part, parts, weight, order, size, run, p):
 @functools.cache
 def indices(order: tuple[int, ...]) -> np.ndarray:
     """An order of gates as kernels take it."""
-    return np.array(order)
+    return np.array(order, np.intp)
 
 
 def pack_transposed(
-    weight: np.ndarray, order: tuple[int, ...], *, rows: bool = False, apart: bool = False
+    weight: np.ndarray,
+    order: tuple[int, ...],
+    *,
+    size: int | None = None,
+    rows: bool = False,
+    apart: bool = False,
+    packed: np.ndarray | None = None,
 ) -> np.ndarray:
     """Panels of weight.T with padded gates; `rows` instead lays out one row for each column.
 
+    size    rows of a gate, if the order does not have all of them
     apart   no panel has columns of two gates
+    packed  memory for the result
     """
-    size = len(weight) // len(order)
+    size = size or len(weight) // len(order)
     w = lanes(weight.dtype)
     registers = len(order) * -(-size // w)
-    packed = empty(weight.shape[1] * registers * w, weight.dtype)
+    if packed is None:
+        packed = empty(weight.shape[1] * registers * w, weight.dtype)
     cols = registers if rows else COLS
     parts = parts_for(packed.size * ELEMENT, registers)
     stretch = registers // len(order) if apart else registers
@@ -88,40 +98,108 @@ def pack_transposed(
     return packed
 
 
-def pack(weight: np.ndarray, order: tuple[int, ...], gap: int) -> np.ndarray:
-    """Panels of weight, its gates `gap` rows apart."""
+def pack(
+    weight: np.ndarray, order: tuple[int, ...], gap: int, *, size: int | None = None
+) -> np.ndarray:
+    """Panels of weight, its gates `gap` rows apart; `size` as above."""
+    size = size or len(weight) // len(order)
     depth = len(order) * gap
     packed = empty(depth * padded(weight.shape[1], weight.dtype), weight.dtype)
     parts = parts_for(packed.size * ELEMENT, depth)
-    run(_pack, parts, weight, indices(order), len(weight) // len(order), gap, packed)
+    run(_pack, parts, weight, indices(order), size, gap, packed)
     return packed
 
 
-def pack_bias(
-    cell: Any, size: int, dtype: Any, b_x: np.ndarray | None, b_h: np.ndarray | None
-) -> np.ndarray:
+def _pack_bias(
+    cell: Any, size: int, b_x: np.ndarray | None, b_h: np.ndarray | None, packed: np.ndarray
+) -> None:
     """Both biases where the cell wants them in its sums, in runs of whole registers."""
-    packed = np.zeros((cell.tape, padded(size, dtype)), dtype)
-    for bias, order, start in ((b_x, cell.order_x, 0), (b_h, cell.order_h, cell.tail)):
-        if bias is not None:
-            packed[start : start + cell.gates, :size] += bias.reshape(-1, size).take(
+    packed.fill(0)
+    runs = packed.reshape(cell.tape, -1)
+    for bias, order, start in (
+        (b_x, cell.order_x, 0),
+        (b_h, cell.order_h, cell.tail),
+        (b_h, cell.order_late, cell.into),
+    ):
+        if bias is not None and order:
+            runs[start : start + len(order), :size] += bias.reshape(-1, size).take(
                 indices(order), axis=0
             )
-    return packed.reshape(-1)
 
 
-def pack_vectors(
-    weight: np.ndarray, order: tuple[int, ...], bias: np.ndarray, vectors: np.ndarray
-) -> np.ndarray:
+def _pack_table(
+    weight: np.ndarray,
+    order: tuple[int, ...],
+    bias: np.ndarray,
+    vectors: np.ndarray,
+    table: np.ndarray,
+) -> None:
     """What each of `vectors` (V, I) adds to the sums, bias and all, as rows to be gathered.
 
-    The part of `bias` (see `pack_bias`) that it takes over becomes -0.0, which changes no number
+    The part of `bias` (see `_pack_bias`) that it takes over becomes -0.0, which changes no number
     that it is added to, not even the sign of a zero.
     """
     packed = pack_transposed(weight, order)
     shared = bias[: packed.size // weight.shape[1]]
-    table = empty((len(vectors), shared.size), weight.dtype)
     parts = parts_for(table.size * vectors.shape[1], len(vectors))
-    run(affine, parts, vectors, packed, shared, table)
+    run(affine, parts, vectors, packed, shared, table.reshape(len(vectors), -1))
     shared.fill(-0.0)
-    return table.reshape(-1)
+
+
+class Packed(NamedTuple):
+    """The weights of a layer as the recurrence takes them, all in one array.
+
+    values  W_x, W_h, the late rows of W_h, bias, vectors
+    places  width of the input (0: tokens), and where in `values` each of these begins
+    """
+
+    values: np.ndarray
+    places: np.ndarray
+
+
+def pack_layer(
+    cell: Any,
+    w_x: np.ndarray,
+    w_h: np.ndarray,
+    b_x: np.ndarray | None,
+    b_h: np.ndarray | None,
+    v: np.ndarray | None,
+    *,
+    tokens: bool,
+    apart: bool,
+    table: np.ndarray | None = None,
+) -> Packed:
+    """Everything forward needs of a layer.
+
+    v       the cell's vectors (vectors, H)
+    tokens  W_x as rows to be gathered, of tokens or, with `table` (V, I), of what they stand for
+    apart   for slices of the units
+    """
+    inputs, (rows, width), dtype = w_x.shape[1], w_h.shape, w_h.dtype
+    size = rows // cell.gates
+    hidden = padded(size, dtype)
+    kinds = inputs if table is None else len(table)
+    counts = (
+        kinds * len(cell.order_x),
+        width * len(cell.order_h),
+        width * len(cell.order_late),
+        cell.tape,
+        cell.vectors,
+    )
+    ends = list(itertools.accumulate(count * hidden for count in counts))
+    values = empty(ends[-1], dtype)
+    x, h, late, bias, own = np.split(values, ends[:-1])
+    _pack_bias(cell, size, b_x, b_h, bias)
+    if table is None:
+        only = apart and not tokens
+        pack_transposed(w_x, cell.order_x, size=size, rows=tokens, apart=only, packed=x)
+    else:
+        _pack_table(w_x, cell.order_x, bias, table, x)
+    pack_transposed(w_h, cell.order_h, size=size, apart=apart, packed=h)
+    if cell.order_late:
+        pack_transposed(w_h, cell.order_late, size=size, apart=apart, packed=late)
+    if cell.vectors:
+        runs = own.reshape(cell.vectors, hidden)
+        runs[:, size:] = 0
+        runs[:, :size] = v
+    return Packed(values, np.array([0 if tokens else inputs, 0, *ends[:-1]]))

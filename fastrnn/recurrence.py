@@ -2,8 +2,8 @@
 
 A slice of the batch runs through the whole sequence on one thread and meets no other. Where a batch
 is too small for that, a part is a slice of the units instead, for the whole batch, and the parts
-meet at each step. Names and shapes (Hp is H rounded up to whole registers, G and R are the cell's
-`gates` and `tape`):
+meet at each step, with a late product twice. Names and shapes (Hp is H rounded up to whole
+registers, G and R are the cell's `gates` and `tape`):
 
 starts, ends, rows, before   of a `Layout` of N steps of B sequences
 x      (N, I) floats, or (N,) int32 tokens
@@ -11,8 +11,7 @@ h      (B + N, H)   the initial states, then the output
 carry  (B + N, cell.carries*Hp)   further states; where no tape is kept (B, ...), the latest ones
 tape   (N, R*Hp)   the cell's s before its step, then its tape; in backward the gradient of s.
        Where it is not kept (`chunk` * B, ...), B rows for each step of a chunk
-w_x, w_h, bias   weights packed by `pack_transposed`, for slices of units gate by gate; both biases
-       in R runs of Hp
+values, places   the weights, by `pack_layer`
 meeting  see `fastrnn.meeting`; empty for slices of the batch
 """
 
@@ -24,11 +23,23 @@ from numba.extending import overload
 
 from fastrnn.cells.cell import (
     backward,
+    backward_operand,
+    backward_vectors,
     gates,
+    into_of,
+    late_of,
     load_carry,
     load_tape,
+    load_trained,
+    load_vectors,
+    of_h,
+    of_x,
+    operand_of,
     output,
     store_runs,
+    sums_of,
+    tail_of,
+    tape_of,
 )
 from fastrnn.gemm import accumulate, multiply, panel_scratch, scatter, strip_scratch
 from fastrnn.jit import helper, kernel
@@ -74,21 +85,21 @@ def _active(starts, t, first, columns):
     return max(0, min(starts[t + 2] - starts[t + 1] - first, columns))
 
 
-def _project(x, starts, t, steps, first, columns, low, high, pieces, w_x, bias, tape, base, n):
+def _project(cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, base):
     """Begin the sums of `steps` steps from t on: tape = W_x x + bias.
 
-    The step in row r of the states has row r - base of the tape. The n columns of the product are
-    `pieces` times the units from `low` to `high`.
+    The step in row r of the states has row r - base of the tape.
     """
 
 
 @overload(_project)
 def _project_overload(
-    x, starts, t, steps, first, columns, low, high, pieces, w_x, bias, tape, base, n
+    cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, base
 ):
-    def dense(x, starts, t, steps, first, columns, low, high, pieces, w_x, bias, tape, base, n):
+    def dense(cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, base):
         size = x.shape[1]
         row = tape.shape[1]
+        run = row // tape_of(cell)
         # Steps of as many sequences are one product; those of all sequences have no gaps anyway.
         while steps > 0:
             total = starts[t + 2] - starts[t + 1]
@@ -99,18 +110,18 @@ def _project_overload(
             whole = rows == total
             start = (starts[t + 1] - starts[1] + first) * size
             into = (starts[t + 1] - base + first) * row
-            for piece in range(pieces):
-                left = n // pieces * piece + low
-                multiply(
-                    1 if whole else count, count * rows if whole else rows, high - low, size,
-                    at(x, start), size, total * size, at(w_x, left * size),
-                    at(bias, left), 0, at(tape, into + left), row, total * row,
-                )  # fmt: skip
+            multiply_units(
+                apart, of_x(cell), run, low, high,
+                1 if whole else count, count * rows if whole else rows, size,
+                at(x, start), size, total * size, w_x, bias, 0, at(tape, into), row, total * row,
+            )  # fmt: skip
             t += count
             steps -= count
 
-    def tokens(x, starts, t, steps, first, columns, low, high, pieces, w_x, bias, tape, base, n):
+    def tokens(cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, base):
         row = tape.shape[1]
+        run = row // tape_of(cell)
+        n = of_x(cell) * run
         w = width_of(tape)
         for s in range(t, t + steps):
             for r in range(
@@ -118,7 +129,7 @@ def _project_overload(
             ):
                 source = x[r - starts[1]] * n
                 target = (r - base) * row
-                for left in range(0, n, n // pieces):
+                for left in range(0, n, run):
                     for j in range(left + low, left + high, w):
                         store(tape, target + j, load(w_x, source + j) + load(bias, j))
 
@@ -126,19 +137,49 @@ def _project_overload(
 
 
 @helper
-def _fill_tail(first, rows, low, high, run, n, bias, tape):
-    """Begin the sums that have no part of x, the columns from n on, with their bias."""
+def _fill_tail(cell, first, rows, low, high, run, bias, tape):
+    """Begin the sums that have no part of x with their bias."""
     row = tape.shape[1]
     for r in range(first, first + rows):
-        for left in range(n, row, run):
+        for left in range(of_x(cell) * run, sums_of(cell) * run, run):
             for j in range(left + low, left + high, width_of(tape)):
                 store(tape, r * row + j, load(bias, j))
 
 
+@helper
+def _first_half(cell, low, end, size, run, h, before, v, tape, kept, carry, c_before, c_after):
+    """`gates` of a row."""
+    for u in range(low, end, width_of(h)):
+        tape_new, carry_new = gates(
+            cell,
+            load_tape(cell, tape, kept + u, run),
+            load_n(h, before + u, size - u),
+            load_carry(cell, carry, c_before + u, run),
+            load_vectors(cell, v, u, run),
+        )
+        store_runs(tape, kept + u, run, tape_new)
+        store_runs(carry, c_after + u, run, carry_new)
+
+
+@helper
+def _second_half(cell, low, end, size, run, h, before, after, v, tape, kept, carry, c_after):
+    """`output` of a row."""
+    for u in range(low, end, width_of(h)):
+        h_new, tape_new = output(
+            cell,
+            load_tape(cell, tape, kept + u, run),
+            load_n(h, before + u, size - u),
+            load_carry(cell, carry, c_after + u, run),
+            load_vectors(cell, v, u, run),
+        )
+        store_runs(tape, kept + u, run, tape_new)
+        store_n(h, after + u, h_new, size - u)
+
+
 @kernel
 def forward_slice(
-    part, parts, meeting, cell, tail, chunk, keep, starts, ends, x, w_x, w_h, bias, h, carry, tape
-):  # fmt: skip
+    part, parts, meeting, cell, chunk, keep, starts, ends, x, values, places, h, carry, tape
+):
     """Fill h, carry and tape for the part'th slice; keep is 1 with a tape, else 0."""
     if meeting.size > 0:
         parts = gather(meeting, part, parts)
@@ -148,69 +189,77 @@ def forward_slice(
     steps = starts.size - 2
     size = h.shape[1]
     w = width_of(h)
-    run = (size + w - 1) // w * w
-    n = w_h.size // size
     row = tape.shape[1]
+    run = row // tape_of(cell)
     carry_row = carry.shape[1]
+    w_x, w_h, w_late = at(values, places[1]), at(values, places[2]), at(values, places[3])
+    bias, v = at(values, places[4]), at(values, places[5])
     first, columns, low, high = _slice(part, parts, meeting, ends, size, w)
-    together = meeting.size > 0 and parts > 1
-    # One piece of all columns, or the units of each gate.
-    pieces = 1 if meeting.size == 0 else n // run
-    end = n if meeting.size == 0 else high
+    end = min(high, size)
+    apart = meeting.size > 0
+    together = apart and parts > 1
+    meetings = 1 + late_of(cell)
     for start in range(0, steps, chunk):
         length = min(chunk, steps - start)
         base = starts[1] if keep else starts[start + 1]
         _project(
-            x, starts, start, length, first, columns, low, end, pieces, w_x, bias, tape, base, n
+            cell, x, starts, start, length, first, columns, low, high, apart, w_x, bias, tape, base
         )
         for t in range(start, start + length):
             rows = _active(starts, t, first, columns)
             # Rows of the tape, and of the states before and after.
             here = starts[t + 1] - base + first
             old, new = starts[t] + first, starts[t + 1] + first
-            _fill_tail(here, rows, low, high, run, n, bias, tape)
+            c_old, c_new = (old, new) if keep else (first, first)
+            _fill_tail(cell, here, rows, low, high, run, bias, tape)
             if together:
-                wait(meeting, parts, t)
-            s = at(tape, here * row + tail * run)
-            h_old = at(h, old * size)
-            multiply_units(pieces, low, end, rows, n, size, h_old, size, at(w_h, 0), s, row, s, row)
+                wait(meeting, parts, t * meetings)
+            s = at(tape, here * row + tail_of(cell) * run)
+            multiply_units(
+                apart, of_h(cell), run, low, high, 1, rows, size,
+                at(h, old * size), size, 0, w_h, s, row, s, row, 0,
+            )  # fmt: skip
             for r in range(rows):
-                before, after = (old + r) * size, (new + r) * size
-                kept = (here + r) * row
-                c_before = (old + r if keep else first + r) * carry_row
-                c_after = (new + r if keep else first + r) * carry_row
-                for u in range(low, min(high, size), w):
-                    tape_new, carry_new = gates(
-                        cell,
-                        load_tape(cell, tape, kept + u, run),
-                        load_n(h, before + u, size - u),
-                        load_carry(cell, carry, c_before + u, run),
+                before, after, kept = (old + r) * size, (new + r) * size, (here + r) * row
+                c_before, c_after = (c_old + r) * carry_row, (c_new + r) * carry_row
+                _first_half(
+                    cell, low, end, size, run, h, before, v, tape, kept, carry, c_before, c_after
+                )
+                if late_of(cell) == 0:
+                    _second_half(
+                        cell, low, end, size, run, h, before, after, v, tape, kept, carry, c_after
                     )
-                    store_runs(tape, kept + u, run, tape_new)
-                    store_runs(carry, c_after + u, run, carry_new)
-                for u in range(low, min(high, size), w):
-                    h_new, tape_new = output(
-                        cell,
-                        load_tape(cell, tape, kept + u, run),
-                        load_n(h, before + u, size - u),
-                        load_carry(cell, carry, c_after + u, run),
+            if late_of(cell) == 1:
+                if together:
+                    arrive(meeting, part, t * meetings + 1)
+                    wait(meeting, parts, t * meetings + 1)
+                m = at(tape, here * row + operand_of(cell) * run)
+                s = at(tape, here * row + into_of(cell) * run)
+                multiply_units(
+                    apart, 1, run, low, high, 1, rows, size, m, row, 0, w_late, s, row, s, row, 0
+                )
+                for r in range(rows):
+                    before, after, kept = (old + r) * size, (new + r) * size, (here + r) * row
+                    c_after = (c_new + r) * carry_row
+                    _second_half(
+                        cell, low, end, size, run, h, before, after, v, tape, kept, carry, c_after
                     )
-                    store_runs(tape, kept + u, run, tape_new)
-                    store_n(h, after + u, h_new, size - u)
             if together:
-                arrive(meeting, part, t + 1)
+                arrive(meeting, part, (t + 1) * meetings)
     restore_denormals(mode)
 
 
 @kernel
 def backward_slice(
-    part, parts, meeting, cell, tail, starts, ends, d_output, w_h, h, carry, tape, d_h, d_carry
+    part, parts, meeting, cell, starts, ends, d_output, w_h, w_late, zeros, v,
+    h, carry, tape, d_h, d_carry, d_m,
 ):  # fmt: skip
     """Turn the tape into gradients of the gates, for the part'th slice.
 
     d_output  (N, H), or (1, H): the same for all
-    w_h       packed by `pack`
+    w_h, w_late   packed by `pack`; zeros (Hp,); v as in `pack_layer`
     d_h, d_carry  (B, Hp), (B, carries*Hp): gradient of the final state in, of the initial state out
+    d_m       (B, Hp) with a late product: scratch
     """
     if meeting.size > 0:
         parts = gather(meeting, part, parts)
@@ -220,18 +269,20 @@ def backward_slice(
     steps = starts.size - 2
     size = h.shape[1]
     w = width_of(h)
-    run = (size + w - 1) // w * w
     row = tape.shape[1]
-    depth = w_h.size // run
+    run = row // tape_of(cell)
+    depth = of_h(cell) * run
     carry_row = carry.shape[1]
     first, columns, low, high = _slice(part, parts, meeting, ends, size, w)
     together = meeting.size > 0 and parts > 1
+    meetings = 1 + late_of(cell)
     end = min(high, size)
     d_row = size if d_output.shape[0] == tape.shape[0] else 0
     for t in range(steps - 1, -1, -1):
         rows = _active(starts, t, first, columns)
         here = starts[t + 1] - starts[1] + first
         old, new = starts[t] + first, starts[t + 1] + first
+        met = (steps - 1 - t) * meetings
         for r in range(rows):
             before, after = (old + r) * size, (new + r) * size
             c_before, c_after = (old + r) * carry_row, (new + r) * carry_row
@@ -248,14 +299,35 @@ def backward_slice(
                     load_carry(cell, carry, c_after + u, run),
                     load(d_h, b * run + u) + gradient,
                     load_carry(cell, d_carry, b * carry_row + u, run),
+                    load_vectors(cell, v, u, run),
                 )
                 store_runs(tape, kept + u, run, d_gates)
                 store(d_h, b * run + u, d_h_prev)
                 store_runs(d_carry, b * carry_row + u, run, d_carry_prev)
-        d_a = at(tape, here * row + tail * run)
+        if late_of(cell) == 1:
+            if together:
+                arrive(meeting, part, met + 1)
+                wait(meeting, parts, met + 1)
+            d_late = at(tape, here * row + into_of(cell) * run)
+            multiply(
+                1, rows, end - low, run, d_late, row, 0, at(w_late, low * run),
+                at(zeros, 0), 0, at(d_m, first * run + low), run, 0,
+            )  # fmt: skip
+            for r in range(rows):
+                kept, b = (here + r) * row, first + r
+                for u in range(low, end, w):
+                    d_gates, more = backward_operand(
+                        cell,
+                        load_tape(cell, tape, kept + u, run),
+                        load_n(h, (old + r) * size + u, size - u),
+                        load_n(d_m, b * run + u, size - u),
+                    )
+                    store_runs(tape, kept + u, run, d_gates)
+                    store(d_h, b * run + u, load(d_h, b * run + u) + more)
+        d_a = at(tape, here * row + tail_of(cell) * run)
         if together:
-            arrive(meeting, part, steps - t)
-            wait(meeting, parts, steps - t)
+            arrive(meeting, part, met + meetings)
+            wait(meeting, parts, met + meetings)
         c = at(d_h, first * run + low)
         multiply(1, rows, end - low, depth, d_a, row, 0, at(w_h, low * depth), c, run, c, run, 0)
     restore_denormals(mode)
@@ -330,7 +402,7 @@ def _add_both(
     accumulate(
         rows.size, at(rows, 0), at(before, 0), at(tape, 0), tape.shape[1], size, runs, at(order, 0),
         first, end, at(x, 0), m_x, at(d_w_x, 0), at(d_b_x, 0),
-        at(h, 0), size, at(d_w_h, 0), at(d_b_h, 0), at(panel, 0), at(strips, 0),
+        at(h, 0), size, size, at(d_w_h, 0), at(d_b_h, 0), at(panel, 0), at(strips, 0),
     )  # fmt: skip
     keep_alive(order)
     keep_alive(panel)
@@ -364,21 +436,71 @@ def _weight_gradients_overload(
     return tokens if isinstance(x.dtype, types.Integer) else dense
 
 
+@helper
+def _add_late(part, parts, operand, into, rows, h, tape, order, d_w_h, d_b_h):
+    """`accumulate` for the rows of W_h in the late product."""
+    size = h.shape[1]
+    w = width_of(h)
+    row = tape.shape[1]
+    run = (size + w - 1) // w * w
+    blocks = run // w
+    first, end = blocks * part // parts, blocks * (part + 1) // parts
+    places = np.array([-1, order[0]])
+    panel, strips = panel_scratch(h, 0, size), strip_scratch(h)
+    accumulate(
+        rows.size, at(rows, 0), at(rows, 0), at(tape, into * run), row, size, 1, at(places, 0),
+        first, end, at(h, 0), 0, at(d_w_h, 0), at(d_b_h, 0),
+        at(tape, operand * run), row, size, at(d_w_h, 0), at(d_b_h, 0), at(panel, 0), at(strips, 0),
+    )  # fmt: skip
+    keep_alive(places)
+    keep_alive(panel)
+    keep_alive(strips)
+
+
 @kernel
 def gradients(
-    part, parts, tail, rows, before, x, h, tape, order_x, order_h, w_x, zeros,
-    d_x, d_w_x, d_w_h, d_b_x, d_b_h,
+    part, parts, tail, operand, into, rows, before, x, h, tape, order_x, order_h, order_late,
+    w_x, zeros, d_x, d_w_x, d_w_h, d_b_x, d_b_h,
 ):  # fmt: skip
     """Add the gradients of all weights, and fill d_x, from the gate gradients on the tape.
 
-    Dense input: d_w_x (G*H, I), d_b_x (G*H,) in PyTorch's gate order; d_x (N, I) or (0, I) if it
-    is not wanted; w_x packed by `pack`. Tokens: d_w_x (V, G*Hp), d_b_x (G*Hp,) in the tape's order.
+    Dense input: d_w_x (G*H, I), d_b_x (G*H,) in the weights' order of gates; d_x (N, I) or (0, I)
+    if it is not wanted; w_x packed by `pack`. Tokens: d_w_x (V, G*Hp), d_b_x (G*Hp,) in the tape's.
     """
     mode = flush_denormals()
     _weight_gradients(
         part, parts, tail, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
     )
+    if order_late.size > 0:
+        _add_late(part, parts, operand, into, rows, h, tape, order_late, d_w_h, d_b_h)
     w = width_of(h)
     run = (h.shape[1] + w - 1) // w * w
     _input_gradient(part, parts, x, tape, order_x.size * run, w_x, zeros, d_x)
+    restore_denormals(mode)
+
+
+@kernel
+def vector_gradients(part, parts, cell, rows, before, h, carry, tape, d_v):
+    """Add to the gradients (trained*Hp) of a cell's vectors, for the part'th slice of the units."""
+    mode = flush_denormals()
+    size = h.shape[1]
+    w = width_of(h)
+    row, carry_row = tape.shape[1], carry.shape[1]
+    run = row // tape_of(cell)
+    blocks = run // w
+    columns = h.shape[0] - rows.size
+    for u in range(blocks * part // parts * w, blocks * (part + 1) // parts * w, w):
+        total = load_trained(cell, d_v, u, run)
+        for j in range(rows.size):
+            old, new = before[j], columns + rows[j]
+            total = backward_vectors(
+                cell,
+                total,
+                load_tape(cell, tape, rows[j] * row + u, run),
+                load_n(h, old * size + u, size - u),
+                load_n(h, new * size + u, size - u),
+                load_carry(cell, carry, old * carry_row + u, run),
+                load_carry(cell, carry, new * carry_row + u, run),
+            )
+        store_runs(d_v, u, run, total)
     restore_denormals(mode)

@@ -12,8 +12,8 @@ from fastrnn.cells import Cell
 from fastrnn.layout import Layout, even
 from fastrnn.meeting import NOBODY, together
 from fastrnn.memory import empty, zeros
-from fastrnn.pack import indices, pack, pack_bias, pack_transposed, pack_vectors
-from fastrnn.parallel import get_num_threads, parts_for, run, run_all
+from fastrnn.pack import Packed, indices, pack, pack_layer
+from fastrnn.parallel import ELEMENT, get_num_threads, parts_for, run, run_all
 from fastrnn.simd import lanes, padded
 from fastrnn.units import parts_of_units
 
@@ -23,8 +23,10 @@ _CHUNK_BYTES = 1 << 18
 
 
 class Weights(NamedTuple):
-    """Of one direction, or their gradients; no biases: None.
+    """Of one direction, or their gradients; no biases, no vectors: None.
 
+    x, h, b_x, b_h   as in `params`
+    v       the cell's vectors (vectors, H); of gradients (trained, H)
     packed  what they were packed to, where they do not change any more
     """
 
@@ -32,24 +34,18 @@ class Weights(NamedTuple):
     h: np.ndarray
     b_x: np.ndarray | None
     b_h: np.ndarray | None
-    packed: dict[tuple, tuple] | None = None
+    v: np.ndarray | None = None
+    packed: dict[tuple, Packed] | None = None
 
-    def pack(
-        self, cell: Cell, tokens: bool, apart: bool, vectors: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """W_x, W_h and the bias as forward takes them."""
-        packed = self.packed if vectors is None else None
-        if packed is not None and (tokens, apart) in packed:
-            return packed[tokens, apart]
-        bias = pack_bias(cell, self.h.shape[1], self.h.dtype, self.b_x, self.b_h)
-        if vectors is None:
-            w_x = pack_transposed(self.x, cell.order_x, rows=tokens, apart=apart and not tokens)
-        else:
-            w_x = pack_vectors(self.x, cell.order_x, bias, vectors)
-        found = w_x, pack_transposed(self.h, cell.order_h, apart=apart), bias
-        if packed is not None:
-            packed[tokens, apart] = found
-        return found
+    def pack(self, cell: Cell, tokens: bool, apart: bool, table: np.ndarray | None) -> Packed:
+        """The weights as forward takes them."""
+        lasting = self.packed if table is None else None
+        if lasting is not None and (tokens, apart) in lasting:
+            return lasting[tokens, apart]
+        packed = pack_layer(cell, *self[:5], tokens=tokens, apart=apart, table=table)
+        if lasting is not None:
+            lasting[tokens, apart] = packed
+        return packed
 
 
 @dataclass
@@ -138,9 +134,9 @@ def forward(
         for i, value in enumerate(state[1:]):
             carry[layout.first, i * hidden : i * hidden + size] = layout.begin(value)
         tape = empty((count if keep else min(count, chunk * columns), row), dtype)
-        packed, packed_h, bias = of.pack(cell, tokens, meet > 1, vectors)
-        call: tuple = (cell, cell.tail, chunk, int(keep), layout.starts, layout.ends)
-        calls.append((*call, x, packed, packed_h, bias, h, carry, tape))
+        packed = of.pack(cell, tokens, meet > 1, vectors)
+        call: tuple = (cell, chunk, int(keep), layout.starts, layout.ends)
+        calls.append((*call, x, *packed, h, carry, tape))
         # A view, since backward relies on the shape.
         view = None if vectors is None else vectors.view()
         done.append(Kept(layout, x, h, carry, tape, view))
@@ -175,9 +171,20 @@ def backward(
         d_carry = np.zeros((layout.columns, cell.carries * hidden), dtype)
         for i, value in enumerate(last[1:]):
             d_carry[layout.final, i * hidden : i * hidden + size] = value
-        packed = pack(of.h, cell.order_h, hidden)
-        call: tuple = (cell, cell.tail, layout.starts, layout.ends, d_y, packed)
-        calls.append((*call, side.h, side.carry, side.tape, d_h, d_carry))
+        none = d_h[0]
+        late, d_m = none, d_h[:0]
+        if cell.order_late:
+            late = pack(of.h, cell.order_late, hidden, size=size)
+            d_m = np.empty_like(d_h)
+        v = none
+        if of.v is not None:
+            v = np.zeros((cell.vectors, hidden), dtype)
+            v[:, :size] = of.v
+            v = v.reshape(-1)
+        packed = pack(of.h, cell.order_h, hidden, size=size)
+        call: tuple = (cell, layout.starts, layout.ends, d_y, packed, late)
+        zero = np.zeros(hidden, dtype)
+        calls.append((*call, zero, v, side.h, side.carry, side.tape, d_h, d_carry, d_m))
         states.append((d_h, d_carry))
     _run(recurrence.backward_slice, meet, count, calls)
     d_xs, firsts = [], []
@@ -220,6 +227,8 @@ def _gradients(cell: Cell, of: Weights, out: Weights, kept: Kept, want_d_x: bool
         recurrence.gradients,
         parts,
         cell.tail,
+        cell.operand,
+        cell.into,
         layout.rows,
         layout.before,
         kept.x,
@@ -227,6 +236,7 @@ def _gradients(cell: Cell, of: Weights, out: Weights, kept: Kept, want_d_x: bool
         kept.tape,
         indices(cell.order_x),
         indices(cell.order_h),
+        indices(cell.order_late),
         packed,
         np.zeros(inputs, dtype),
         d_x,
@@ -235,6 +245,14 @@ def _gradients(cell: Cell, of: Weights, out: Weights, kept: Kept, want_d_x: bool
         into[1],
         d_b_h,
     )
+    if out.v is not None:
+        sums_v = np.zeros((cell.trained, hidden), dtype)
+        sums_v[:, :size] = out.v
+        blocks = hidden // lanes(dtype)
+        arguments = (cell, layout.rows, layout.before, kept.h, kept.carry, kept.tape)
+        share = parts_for(count * hidden * ELEMENT, blocks)
+        run(recurrence.vector_gradients, share, *arguments, sums_v.reshape(-1))
+        out.v[...] = sums_v[:, :size]
     if tokens:
         if kept.vectors is None:
             out.x.reshape(*gates, inputs)[order] = rows[:, :, :size].transpose(1, 2, 0)

@@ -6,7 +6,8 @@ packed, memory laid out, the compiled function looked up.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numba
 import numpy as np
@@ -15,10 +16,17 @@ from numba import carray
 from fastrnn.cells.cell import (
     Cell,
     gates,
+    into_of,
+    late_of,
     load_carry,
     load_tape,
+    load_vectors,
+    of_h,
+    of_x,
+    operand_of,
     output,
     store_runs,
+    sums_of,
     tail_of,
     tape_of,
 )
@@ -26,7 +34,7 @@ from fastrnn.checks import as_array, as_floats, as_tokens, check_in_place
 from fastrnn.jit import helper, kernel
 from fastrnn.meeting import NOBODY, arrive, wait
 from fastrnn.memory import empty
-from fastrnn.pack import pack_bias, pack_transposed, pack_vectors
+from fastrnn.pack import Packed, pack_layer
 from fastrnn.parallel import parts_for, run
 from fastrnn.simd import (
     at,
@@ -43,56 +51,50 @@ from fastrnn.simd import (
 from fastrnn.units import multiply_units
 
 
-class Bound(NamedTuple):
-    """The weights of a stack as `advance` takes them.
-
-    weights  all layers' packed weights and biases, one after the other
-    places   (layers, 4) integers: a layer's width of input (0: tokens), and where in `weights` its
-             W_x, W_h and bias begin
-    """
-
-    weights: np.ndarray
-    places: np.ndarray
-
-
 def bind(
     cell: Cell,
-    layers: list[list[np.ndarray | None]],
+    layers: list[Sequence[np.ndarray | None]],
     tokens: bool,
     *,
-    vectors: np.ndarray | None = None,
+    table: np.ndarray | None = None,
     apart: bool = False,
-) -> Bound:
-    """From (weight_ih, weight_hh, bias_ih, bias_hh) of each layer; the first may take tokens.
+) -> Packed:
+    """What `advance` takes, from (weight_ih, weight_hh, bias_ih, bias_hh, vectors) of each layer.
 
-    vectors  (V, I): the tokens stand for these
-    apart    for slices of the units
+    tokens  the first layer takes tokens; with `table` (V, I), they stand for its rows
+    apart   for slices of the units
+    Returns all values one after the other, and the places of each layer: (layers, 6).
     """
-    pieces: list[np.ndarray] = []
-    places, end = [], 0
-    for layer, (w_x, w_h, b_x, b_h) in enumerate(layers):
-        assert w_x is not None
-        assert w_h is not None
-        gather = tokens and layer == 0
-        places.append([0 if gather else w_x.shape[1]])
-        bias = pack_bias(cell, w_h.shape[1], w_h.dtype, b_x, b_h)
-        if gather and vectors is not None:
-            packed = pack_vectors(w_x, cell.order_x, bias, vectors)
-        else:
-            packed = pack_transposed(w_x, cell.order_x, rows=gather, apart=apart and not gather)
-        for piece in (packed, pack_transposed(w_h, cell.order_h, apart=apart), bias):
-            pieces.append(piece)
-            places[-1].append(end)
-            end += piece.size
+    packed = []
+    for layer, weights in enumerate(layers):
+        first = {"tokens": tokens, "table": table} if layer == 0 else {"tokens": False}
+        packed.append(pack_layer(cell, *weights, apart=apart, **first))  # type: ignore[arg-type]
     # All begin on a register boundary: they are whole registers.
-    weights = empty(end, pieces[0].dtype)
-    np.concatenate(pieces, out=weights)
-    return Bound(weights, np.array(places, np.int64))
+    values = empty(sum(p.values.size for p in packed), packed[0].values.dtype)
+    np.concatenate([p.values for p in packed], out=values)
+    places = np.array([p.places for p in packed])
+    ends = np.cumsum([p.values.size for p in packed])
+    places[1:, 1:] += ends[:-1, None]
+    return Packed(values, places)
+
+
+@helper
+def _output_of(cell, low, end, size, run, h, h_new, unit, v, s, at_s, carry, carried):
+    """The second half of a row."""
+    for u in range(low, end, width_of(h)):
+        h_next, _ = output(
+            cell,
+            load_tape(cell, s, at_s + u, run),
+            load_n(h, unit + u, size - u),
+            load_carry(cell, carry, carried + u, run),
+            load_vectors(cell, v, u, run),
+        )
+        store_n(h_new, unit + u, h_next, size - u)
 
 
 @helper
 def advance(
-    cell, weights, places, x, tokens, h, h_new, carry, s, columns, first, rows, low, high,
+    cell, values, places, x, tokens, h, h_new, carry, s, columns, first, rows, low, high,
     meeting, part, parts, done,
 ):  # fmt: skip
     """Take units [low, high) of sequences [first, first + rows) through all layers.
@@ -107,47 +109,68 @@ def advance(
     layers, batch, size = h.shape
     w = width_of(h)
     run = (size + w - 1) // w * w
-    n = (places[0, 3] - places[0, 2]) // size
-    together = meeting.size > 0 and parts > 1
-    pieces = 1 if meeting.size == 0 else n // run
-    end = n if meeting.size == 0 else high
+    end = min(high, size)
+    apart = meeting.size > 0
+    together = apart and parts > 1
     for layer in range(layers):
         here = (layer * batch + first) * size
-        bias = at(weights, places[layer, 3])
-        w_x = at(weights, places[layer, 1])
         width = places[layer, 0]
+        w_x, w_h = at(values, places[layer, 1]), at(values, places[layer, 2])
+        bias, v = at(values, places[layer, 4]), at(values, places[layer, 5])
         for r in range(rows):
-            for left in range(n, columns, run):
+            for left in range(of_x(cell) * run, sums_of(cell) * run, run):
                 for j in range(left + low, left + high, w):
                     store(s, r * columns + j, load(bias, j))
         if width == 0:
             for r in range(rows):
-                source = tokens[first + r] * n
-                for left in range(0, n, n // pieces):
-                    for j in range(left + low, left + end, w):
+                source = tokens[first + r] * of_x(cell) * run
+                for left in range(0, of_x(cell) * run, run):
+                    for j in range(left + low, left + high, w):
                         store(s, r * columns + j, load(w_x, source + j) + load(bias, j))
         else:
             below = x if layer == 0 else at(h_new, here - batch * size)
-            multiply_units(pieces, low, end, rows, n, width, below, width, w_x, bias, 0, s, columns)
+            multiply_units(
+                apart, of_x(cell), run, low, high, 1, rows, width,
+                below, width, 0, w_x, bias, 0, s, columns, 0,
+            )  # fmt: skip
         into = at(s, tail_of(cell) * run)
-        w_h = at(weights, places[layer, 2])
         multiply_units(
-            pieces, low, end, rows, n, size, at(h, here), size, w_h, into, columns, into, columns
-        )
+            apart, of_h(cell), run, low, high, 1, rows, size,
+            at(h, here), size, 0, w_h, into, columns, into, columns, 0,
+        )  # fmt: skip
         for r in range(rows):
             unit = here + r * size
             carried = (layer * batch + first + r) * carry.shape[2]
-            for u in range(low, min(high, size), w):
-                h_old = load_n(h, unit + u, size - u)
+            for u in range(low, end, w):
                 kept, carry_new = gates(
                     cell,
                     load_tape(cell, s, r * columns + u, run),
-                    h_old,
+                    load_n(h, unit + u, size - u),
                     load_carry(cell, carry, carried + u, run),
+                    load_vectors(cell, v, u, run),
                 )
-                h_next, _ = output(cell, kept, h_old, carry_new)
-                store_n(h_new, unit + u, h_next, size - u)
+                store_runs(s, r * columns + u, run, kept)
                 store_runs(carry, carried + u, run, carry_new)
+            if late_of(cell) == 0:
+                _output_of(
+                    cell, low, end, size, run, h, h_new, unit, v, s, r * columns, carry, carried
+                )
+        if late_of(cell) == 1:
+            if together:
+                done += 1
+                arrive(meeting, part, done)
+                wait(meeting, parts, done)
+            m, into = at(s, operand_of(cell) * run), at(s, into_of(cell) * run)
+            multiply_units(
+                apart, 1, run, low, high, 1, rows, size,
+                m, columns, 0, at(values, places[layer, 3]), into, columns, into, columns, 0,
+            )  # fmt: skip
+            for r in range(rows):
+                unit = here + r * size
+                carried = (layer * batch + first + r) * carry.shape[2]
+                _output_of(
+                    cell, low, end, size, run, h, h_new, unit, v, s, r * columns, carry, carried
+                )
         if together:
             done += 1
             arrive(meeting, part, done)
@@ -156,7 +179,7 @@ def advance(
 
 
 # What `where` of `_step` has: addresses of the arrays of `advance`, and sizes.
-_WEIGHTS, _PLACES, _H, _CARRY, _S, _COUNT, _LAYERS, _BATCH, _SIZE, _CARRIED = range(10)
+_VALUES, _PLACES, _H, _CARRY, _S, _COUNT, _LAYERS, _BATCH, _SIZE, _CARRIED = range(10)
 
 
 @kernel
@@ -167,8 +190,8 @@ def _step(part, parts, cell, where, x, tokens, out):
     """
     mode = flush_denormals()
     layers, batch, size = where[_LAYERS], where[_BATCH], where[_SIZE]
-    weights = carray(pointer_to(out, where[_WEIGHTS]), where[_COUNT])
-    places = carray(pointer_to(where, where[_PLACES]), (layers, 4))
+    values = carray(pointer_to(out, where[_VALUES]), where[_COUNT])
+    places = carray(pointer_to(where, where[_PLACES]), (layers, 6))
     h = carray(pointer_to(out, where[_H]), (layers, batch, size))
     carry = carray(pointer_to(out, where[_CARRY]), (layers, batch, where[_CARRIED]))
     w = width_of(out)
@@ -179,7 +202,7 @@ def _step(part, parts, cell, where, x, tokens, out):
     s = at(pointer_to(out, where[_S]), first * columns)
     inputs = x.size // batch
     advance(
-        cell, weights, places, at(x, first * inputs), tokens, h, h, carry, s, columns,
+        cell, values, places, at(x, first * inputs), tokens, h, h, carry, s, columns,
         first, rows, 0, run, NOBODY, part, parts, 0,
     )  # fmt: skip
     top = ((layers - 1) * batch + first) * size
@@ -227,21 +250,19 @@ class Stepper:
         """Take over the weights that the layer has now; the state stays."""
         layer, cell = self._layer, self._layer.cell
         layer.check_params()
-        keys = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        layers = [[layer.params.get(f"{k}_l{i}") for k in keys] for i in range(layer.num_layers)]
-        bound = bind(cell, layers, self._tokens)
-        self._use(bound)
+        layers = [layer._weights(i, layer.params)[0][:5] for i in range(layer.num_layers)]
+        self._use(bind(cell, layers, self._tokens))
 
-    def _use(self, bound: Bound) -> None:
+    def _use(self, bound: Packed) -> None:
         arrays = (*bound, self._h, self._carry, self._s)
-        sizes = (bound.weights.size, *self._h.shape, self._carry.shape[2])
+        sizes = (bound.values.size, *self._h.shape, self._carry.shape[2])
         where = np.array([*(array.ctypes.data for array in arrays), *sizes], np.int64)
         example = (0, 1, self._layer.cell, where, self._no_x, self._no_tokens, self._no_x)
         # The compiled function itself: nothing is looked up in a call.
         compiled = _step.compile(tuple(numba.typeof(argument) for argument in example))
         # Of a table of tokens a sequence reads one row.
         table = self._layer.params["weight_ih_l0"].size if self._tokens else 0
-        work = self._count * (bound.weights.size - table)
+        work = self._count * (bound.values.size - table)
         # At once, since an interrupt must not part addresses from the arrays that they are of.
         self._ready = (compiled, where, work, bound)
 

@@ -1,7 +1,7 @@
 """Slices of the hidden units: how threads share one step of a sequence.
 
-A slice has whole panels of each gate. Weights are packed gate by gate for that (`apart`), a product
-with them is made in `pieces`: the units of each gate. Without slices one piece has all columns.
+A slice has whole panels of each gate. Weights are packed gate by gate for that (`apart`), and a
+product with them is one of the units of each gate. Without slices it is one of all columns.
 """
 
 from __future__ import annotations
@@ -47,11 +47,19 @@ def units_of(part, parts, size, w):
 
 
 @helper
-def multiply_units(pieces, low, high, m, n, k, a, a_row, p, init, init_row, c, c_row):
-    """`multiply` for the columns from `low` to `high` of each of `pieces` of the n."""
+def multiply_units(
+    apart, runs, run, low, high, groups, m, k, a, a_row, a_group, p, init, init_row,
+    c, c_row, c_group,
+):  # fmt: skip
+    """`multiply` for the units from `low` to `high` of each of the runs, whose panels are `apart`.
+
+    Otherwise all runs together have panels, and the units are all there are.
+    """
+    pieces = runs if apart else 1
+    n = high - low if apart else runs * run
     for piece in range(pieces):
-        left = n // pieces * piece + low
+        left = piece * run + low
         multiply(
-            1, m, high - low, k, a, a_row, 0, at(p, left * k),
-            at(init, left), init_row, at(c, left), c_row, 0,
+            groups, m, n, k, a, a_row, a_group, at(p, left * k), at(init, left), init_row,
+            at(c, left), c_row, c_group,
         )  # fmt: skip

@@ -16,6 +16,10 @@ from fastrnn.reference import CELLS as REFERENCE
 DTYPES = [np.float32, np.float64]
 # float32 relu: a pre-activation this near zero might fall on either side of the kink.
 KINK = 1e-4
+# And a cell state this near its bound on either side of that.
+EDGE = 2e-6
+# The bound of the cell state in cells that have one: some units meet it.
+CLIP = 0.4
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 each_cell = pytest.mark.parametrize("cell", sorted(CELLS))
@@ -96,15 +100,24 @@ def threads(count):
 
 def reference_of(cell):
     """The reference module of a cell and the options that make it this cell."""
-    name, _, option = cell.partition("_")
-    return REFERENCE[name], {"nonlinearity": option} if option else {}
+    if cell in REFERENCE:
+        return REFERENCE[cell], {}
+    name, *words = cell.split("_")
+    if name == "rnn":
+        return REFERENCE[name], {"nonlinearity": words[0]}
+    options = {"coupled": "coupled" in words, "clip": CLIP if "clip" in words else np.inf}
+    return REFERENCE[name], options
 
 
 def new_layer(cell, *sizes, **options):
     """The public layer that runs a cell."""
-    name, _, option = cell.partition("_")
-    if option:
-        options["nonlinearity"] = option
+    name, *words = cell.split("_")
+    if name == "rnn":
+        options["nonlinearity"] = words[0]
+    elif words:
+        special = {"before": ("reset_after", False), "simple": ("reset_gate", False)}
+        special["clip"] = "cell_clip", CLIP
+        options |= dict(special.get(word, (word, True)) for word in words)
     return getattr(fastrnn, name.upper())(*sizes, **options)
 
 
@@ -166,7 +179,7 @@ def make_problem(
     rnn = new_layer(cell, n_in, H, layers, bias=bias, dtype=dtype, seed=0, **options)
     for _ in range(500):
         problem = _draw(cell, rng, rnn, T, B, n_in, H, tokens)
-        if "relu" not in cell or _away_from_kink(problem):
+        if not {"relu", "clip"} & set(cell.split("_")) or _away_from_kink(problem):
             return problem
     raise AssertionError("no draw away from the kink")
 
@@ -201,8 +214,15 @@ def _away_from_kink(problem):
     x = wide(problem.x)
     for layer in range(problem.rnn.num_layers):
         params = layer_params(problem.rnn, layer)
-        first = problem.state[0][layer].astype(np.float64)
-        output, _, _ = reference.forward(params, x, (first,), **options)
+        state = tuple(s[layer].astype(np.float64) for s in problem.state)
+        output, _, saved = reference.forward(params, x, state, **options)
+        if "clip" in options:
+            c = saved["f"] * saved["c"][:-1] + saved["i"] * saved["g"]
+            if np.abs(np.abs(c) - CLIP).min() < EDGE:
+                return False
+            x = output
+            continue
+        first = state[0]
         h = np.concatenate([first[None], output[:-1]])
         a = params["weight_ih"].T[x] if x.dtype.kind == "i" else x @ params["weight_ih"].T
         a = a + h @ params["weight_hh"].T + params.get("bias_ih", 0) + params.get("bias_hh", 0)

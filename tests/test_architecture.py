@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers import new_layer, reference_of
 
 import fastrnn
 from fastrnn import jit, layers
@@ -204,6 +205,8 @@ def test_only_the_command_line_prints(path):
 
 def test_the_recurrence_knows_no_cell():
     names = {word for name in (*CELLS, *REFERENCE) for word in name.lower().split("_")}
+    # A word of the loop itself.
+    names.remove("before")
     assert {"lstm", "gru", "rnn", "tanh", "relu"} <= names
     with (ROOT / "recurrence.py").open("rb") as file:
         for token in tokenize.tokenize(file.readline):
@@ -214,21 +217,20 @@ def test_the_recurrence_knows_no_cell():
 @pytest.mark.parametrize("name", sorted(CELLS))
 def test_a_cell_has_a_reference_and_a_layer(name):
     cell = CELLS[name]
-    kind, _, option = name.partition("_")
-    reference = REFERENCE[kind]
+    reference, options = reference_of(name)
     assert cell.name == name
-    assert len(reference.GATES) == cell.gates
+    assert len(reference.GATES) == cell.gates + options.get("coupled", 0)
     assert len(reference.STATES) == 1 + cell.carries
-    assert sorted(cell.order_x) == sorted(cell.order_h) == list(range(cell.gates))
-    options = {"nonlinearity": option} if option else {}
-    layer = getattr(fastrnn, kind.upper())(2, 3, **options)
+    gates = list(range(cell.gates))
+    assert sorted(cell.order_x) == sorted(cell.order_h + cell.order_late) == gates
+    layer = new_layer(name, 2, 3)
     assert layer.cell is cell
     assert layer.state_names == reference.STATES
     assert isinstance(layer, layers.Module)
 
 
 def test_every_reference_cell_has_a_kernel():
-    assert {name.partition("_")[0] for name in CELLS} == REFERENCE.keys()
+    assert {reference_of(name)[0] for name in CELLS} == set(REFERENCE.values())
 
 
 @pytest.mark.parametrize("name", fastrnn.__all__)

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrnn import gemm
-from fastrnn.cells import GRU
+from fastrnn.cells import CELLS
 from fastrnn.jit import kernel
 from fastrnn.layout import even
-from fastrnn.pack import pack, pack_bias, pack_transposed
+from fastrnn.pack import pack, pack_layer, pack_transposed
 from fastrnn.simd import at, broadcast, fma, lanes, store
 
 CANARY = -123.25
@@ -489,13 +489,38 @@ def test_pack(dtype, order, rng, threads):
 
 
 @each_dtype
-def test_pack_bias(dtype, rng):
+@pytest.mark.parametrize("bias", [True, False])
+def test_pack_layer(dtype, bias, rng):
     w = lanes(dtype)
     size = w + 1
-    b_x, b_h = (numbers(rng, dtype, 3 * size) for _ in range(2))
-    n_x, r_x, z_x = b_x.reshape(3, size)[[2, 0, 1]]
-    r_h, z_h, n_h = b_h.reshape(3, size)
-    want = np.zeros((4, 2 * w), dtype)
-    want[:, :size] = n_x, r_x + r_h, z_x + z_h, n_h
-    same(pack_bias(GRU, size, dtype, b_x, b_h), want.reshape(-1))
-    same(pack_bias(GRU, size, dtype, None, None), np.zeros(8 * w, dtype))
+    w_x, w_h = numbers(rng, dtype, 3 * size, 5), numbers(rng, dtype, 3 * size, size)
+    b_x, b_h = (numbers(rng, dtype, 3 * size) for _ in range(2)) if bias else (None, None)
+    n_x, r_x, z_x = b_x.reshape(3, size)[[2, 0, 1]] if bias else np.zeros((3, size), dtype)
+    r_h, z_h, n_h = b_h.reshape(3, size) if bias else np.zeros((3, size), dtype)
+    sums = {"gru": [n_x, r_x + r_h, z_x + z_h, n_h]}
+    sums["gru_before"] = [*sums["gru"], np.zeros(size)]
+    for name, wanted in sums.items():
+        cell = CELLS[name]
+        values, places = pack_layer(cell, w_x, w_h, b_x, b_h, None, tokens=False, apart=False)
+        assert places[0] == 5
+        x, h, late, own, v = np.split(values, places[2:])
+        same(x, pack_transposed(w_x, cell.order_x))
+        same(h, pack_transposed(w_h[: len(cell.order_h) * size], cell.order_h))
+        same(late, pack_transposed(w_h[2 * size :], (0,)) if cell.order_late else late[:0])
+        runs = np.zeros((cell.tape, 2 * w), dtype)
+        runs[:, :size] = wanted
+        same(own, runs.reshape(-1))
+        assert v.size == 0
+
+
+@each_dtype
+def test_pack_layer_with_vectors(dtype, rng):
+    w = lanes(dtype)
+    size = w + 1
+    weight, v = numbers(rng, dtype, 4 * size, size), numbers(rng, dtype, 3, size)
+    cell = CELLS["lstm_peephole"]
+    packed = pack_layer(cell, weight, weight, None, None, v, tokens=True, apart=True)
+    assert packed.places[0] == 0
+    runs = np.zeros((3, 2 * w), dtype)
+    runs[:, :size] = v
+    same(packed.values[packed.places[5] :], runs.reshape(-1))

@@ -31,14 +31,12 @@ import itertools, sys
 import numpy as np
 import fastrnn
 from fastrnn import parallel
-from fastrnn.reference import CELLS as REFERENCE
+from helpers import new_layer, reference_of
 
 def check(cell, dtype, T, B, I, H, tokens):
     rng = np.random.default_rng([T, B, I, H])
-    kind, _, option = cell.partition("_")
-    options = {"nonlinearity": option} if option else {}
-    layer = getattr(fastrnn, kind.upper())(I, H, dtype=dtype, seed=1, **options)
-    reference = REFERENCE[kind]
+    reference, options = reference_of(cell)
+    layer = new_layer(cell, I, H, dtype=dtype, seed=1)
     def draw(*shape):
         return rng.standard_normal(shape).astype(dtype)
     x = rng.integers(I, size=(T, B)) if tokens else draw(T, B, I)
@@ -91,7 +89,8 @@ def run(code, cpu, features, *arguments):
         if not llvmlite.binding.get_host_cpu_features().get(name):
             pytest.skip(f"this CPU has no {name}")
     root = str(Path(fastrnn.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "NUMBA_CPU_NAME": cpu}
+    path = os.pathsep.join([root, str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NUMBA_CPU_NAME": cpu}
     environment.pop("NUMBA_CPU_FEATURES", None)
     if features is not None:
         environment["NUMBA_CPU_FEATURES"] = features

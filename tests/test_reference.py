@@ -17,15 +17,25 @@ from fastrnn.reference.linear import (
     linear_forward,
 )
 
-OPTIONS = {"rnn": [{"nonlinearity": "tanh"}, {"nonlinearity": "relu"}]}
+CLIP = {"clip": 0.4}
 CASES = [
-    pytest.param(name, options, id="-".join([name, *options.values()]))
-    for name in CELLS
-    for options in OPTIONS.get(name, [{}])
+    ("rnn", {"nonlinearity": "tanh"}),
+    ("rnn", {"nonlinearity": "relu"}),
+    *((name, {}) for name in CELLS if name != "rnn"),
+    ("lstm", {"coupled": True}),
+    ("lstm", CLIP),
+    ("lstm_peephole", {}),
+    ("lstm_peephole", {"coupled": True, **CLIP}),
 ]
+# With weight_ch among the parameters or not.
+CELLS = {**CELLS, "lstm_peephole": CELLS["lstm"]}
 # T, B, I, H
 SHAPES = [(1, 1, 1, 1), (1, 3, 4, 2), (5, 1, 3, 4), (4, 3, 1, 5), (6, 2, 5, 1), (7, 3, 4, 5)]
-each_case = pytest.mark.parametrize(("name", "options"), CASES)
+each_case = pytest.mark.parametrize(
+    ("name", "options"),
+    CASES,
+    ids=["-".join([name, *map(str, options.values())]) for name, options in CASES],
+)
 each_seed = pytest.mark.parametrize("seed", [0, 1])
 each_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 each_input = pytest.mark.parametrize("tokens", [False, True], ids=["features", "tokens"])
@@ -67,10 +77,10 @@ def frozen(*arrays):
     return arrays
 
 
-def draw(name, rng, shape, bias, tokens, dtype=np.float64):
+def draw(name, options, rng, shape, bias, tokens, dtype=np.float64):
     """Random params, x, state, d_output and d_state of one cell, read-only."""
     T, B, n_in, H = shape
-    G = len(CELLS[name].GATES)
+    G = len(CELLS[name].GATES) - options.get("coupled", False)
 
     def normal(*size, scale=1.0):
         return frozen((rng.standard_normal(size) * scale).astype(dtype))[0]
@@ -81,6 +91,8 @@ def draw(name, rng, shape, bias, tokens, dtype=np.float64):
     }
     if bias:
         params |= {"bias_ih": normal(G * H, scale=0.5), "bias_hh": normal(G * H, scale=0.5)}
+    if name == "lstm_peephole":
+        params["weight_ch"] = normal(G - 1, H)
     x = frozen(rng.integers(n_in, size=(T, B)))[0] if tokens else normal(T, B, n_in)
     state, d_state = (tuple(normal(B, H) for _ in CELLS[name].STATES) for _ in range(2))
     return params, x, state, normal(T, B, H), d_state
@@ -90,10 +102,17 @@ def draw_smooth(name, options, seed, shape, bias, tokens):
     """A draw whose relu, if there is one, is alive at the first step and away from its kink."""
     rng = np.random.default_rng([seed, *shape])
     for _ in range(1000):
-        problem = draw(name, rng, shape, bias, tokens)
+        problem = draw(name, options, rng, shape, bias, tokens)
+        params, x, state, *_ = problem
+        if "clip" in options:
+            _, _, saved = CELLS[name].forward(params, x, state, **options)
+            c = np.abs(saved["f"] * saved["c"][:-1] + saved["i"] * saved["g"])
+            few = c.size < 8
+            if np.abs(c - options["clip"]).min() > KINK and (few or (c > options["clip"]).any()):
+                return problem
+            continue
         if options.get("nonlinearity") != "relu":
             return problem
-        params, x, state, *_ = problem
         output, _, _ = CELLS[name].forward(params, x, state, **options)
         h = np.concatenate([state[0][None], output[:-1]])
         a_x = params["weight_ih"].T[x] if tokens else x @ params["weight_ih"].T
@@ -136,7 +155,7 @@ def test_cell_gradients(name, options, seed, bias, tokens, shape):
 def test_tokens_are_one_hot_rows(name, options, bias):
     cell = CELLS[name]
     rng = np.random.default_rng(2)
-    params, x, state, d_output, d_state = draw(name, rng, (9, 4, 3, 5), bias, tokens=True)
+    params, x, state, d_output, d_state = draw(name, options, rng, (9, 4, 3, 5), bias, tokens=True)
     runs = []
     for x_form in (x, np.eye(3)[x]):
         output, final, saved = cell.forward(params, x_form, state, **options)
@@ -150,7 +169,7 @@ def test_tokens_are_one_hot_rows(name, options, bias):
 def test_no_bias_is_zero_bias(name, options):
     cell = CELLS[name]
     rng = np.random.default_rng(8)
-    params, x, state, *_ = draw(name, rng, (3, 2, 4, 5), False, False)
+    params, x, state, *_ = draw(name, options, rng, (3, 2, 4, 5), False, False)
     zeros = np.zeros(len(params["weight_hh"]))
     output, final, _ = cell.forward(params, x, state, **options)
     with_zeros = cell.forward({**params, "bias_ih": zeros, "bias_hh": zeros}, x, state, **options)
@@ -164,7 +183,7 @@ def test_no_bias_is_zero_bias(name, options):
 def test_sequence_equals_its_pieces(name, options, bias, tokens):
     cell = CELLS[name]
     rng = np.random.default_rng(3)
-    params, x, state_0, d_output, d_final = draw(name, rng, (11, 3, 4, 5), bias, tokens)
+    params, x, state_0, d_output, d_final = draw(name, options, rng, (11, 3, 4, 5), bias, tokens)
     output, final, saved = cell.forward(params, x, state_0, **options)
     d_x, d_state_0, grads = cell.backward(params, saved, d_output, d_final)
 
@@ -197,7 +216,7 @@ def test_sequence_equals_its_pieces(name, options, bias, tokens):
 def test_empty_sequence_passes_the_state_through(name, options, tokens):
     cell = CELLS[name]
     rng = np.random.default_rng(4)
-    params, x, state, d_output, d_state = draw(name, rng, (0, 2, 3, 4), True, tokens)
+    params, x, state, d_output, d_state = draw(name, options, rng, (0, 2, 3, 4), True, tokens)
     output, final, saved = cell.forward(params, x, state, **options)
     d_x, d_state_0, grads = cell.backward(params, saved, d_output, d_state)
     assert output.shape == (0, 2, 4)
@@ -213,7 +232,9 @@ def test_empty_sequence_passes_the_state_through(name, options, tokens):
 def test_dtype_is_that_of_the_params(name, options, tokens, dtype):
     cell = CELLS[name]
     rng = np.random.default_rng(5)
-    params, x, state, d_output, d_state = draw(name, rng, (3, 2, 4, 5), True, tokens, dtype)
+    params, x, state, d_output, d_state = draw(
+        name, options, rng, (3, 2, 4, 5), True, tokens, dtype
+    )
     output, final, saved = cell.forward(params, x, state, **options)
     d_x, d_state_0, grads = cell.backward(params, saved, d_output, d_state)
     results = [output, *final, *d_state_0, *grads.values()] + ([] if tokens else [d_x])
@@ -226,7 +247,7 @@ def test_dtype_is_that_of_the_params(name, options, tokens, dtype):
 def test_extreme_input_stays_finite_and_silent(name, options, dtype, large):
     cell = CELLS[name]
     rng = np.random.default_rng(6)
-    params, x, state, d_output, d_state = draw(name, rng, (5, 4, 3, 6), True, False, dtype)
+    params, x, state, d_output, d_state = draw(name, options, rng, (5, 4, 3, 6), True, False, dtype)
     if large != "state":
         x = np.where(x > 0, dtype(1e4), dtype(-1e4))
     if large != "x":
@@ -243,7 +264,7 @@ def test_extreme_input_stays_finite_and_silent(name, options, dtype, large):
 def test_nan_stays_in_its_row(name, options):
     cell = CELLS[name]
     rng = np.random.default_rng(7)
-    params, x, state, d_output, d_state = draw(name, rng, (5, 4, 3, 6), True, False)
+    params, x, state, d_output, d_state = draw(name, options, rng, (5, 4, 3, 6), True, False)
     others = [0, 1, 3]
     poisoned = x.copy()
     poisoned[2, 2] = np.nan

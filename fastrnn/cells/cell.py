@@ -6,8 +6,8 @@ A cell knows nothing of time, batch, threads or memory. Its module has three com
     output(tape, h, carry) -> h, tape
     backward(tape, h_prev, h, carry_prev, carry, d_h, d_carry) -> d_tape, d_h_prev, d_carry_prev
 
-s     what the products give, a tuple of `tape` registers: the first `gates` of them have received
-      W_x x_t + b_x, the `gates` from `tail` on W_h h_{t-1} + b_h; where they overlap, the sum
+s     what the products give, a tuple of `tape` registers: the first of them have received
+      W_x x_t + b_x, those from `tail` on W_h h_{t-1} + b_h; where they overlap, the sum
 h     the hidden state, before (argument) and after (result) the step
 carry a tuple of the further states, for the LSTM (c,); in `output` it is that after the step
 tape  a tuple of what backward needs; it returns there the gradients of s
@@ -15,6 +15,21 @@ tape  a tuple of what backward needs; it returns there the gradients of s
 
 Forward has two halves since one tanh waits for another's result: all gates of a row are computed
 before the first output, so that the processor has enough to do.
+
+Two things a cell may have beside:
+
+A *late* product, of an operand m that `gates` leaves in register `operand` of the tape: some rows
+of W_h multiply m instead of h, between the halves of forward, and are added to register `into`.
+There `backward` is that of what comes after that product; the gradient of register `into` goes back
+through it to d_m, and a fourth function goes on from there:
+
+    backward_operand(d_tape, h_prev, d_m) -> d_tape, what is added to d_h_prev
+
+*Vectors*, of a number for each unit, trained (peepholes) or not (a bound): `gates`, `output` and
+`backward` receive them as a last argument, a tuple v. The gradients of the trained ones, which come
+first, are summed up step by step by
+
+    backward_vectors(d_v, d_tape, h_prev, h, carry_prev, carry) -> d_v
 """
 
 from __future__ import annotations
@@ -43,7 +58,10 @@ class Cell:
     tape     registers of s and of the tape per unit
     tail     where in s the part of the state begins
     carries  states beyond h
-    order_x, order_h   which gate of PyTorch's weights each register of the two parts is
+    order_x, order_h   which gate of the weights each register of the two parts is
+    order_late   which gates have a late product; one at most
+    operand, into      its registers
+    vectors, trained   how many there are, and how many of them have gradients
     """
 
     name: str
@@ -56,6 +74,13 @@ class Cell:
     gates_of: Callable
     output: Callable
     backward: Callable
+    order_late: tuple[int, ...] = ()
+    operand: int = 0
+    into: int = 0
+    backward_operand: Callable | None = None
+    vectors: int = 0
+    trained: int = 0
+    backward_vectors: Callable | None = None
 
     @functools.cached_property
     def _numba_type_(self) -> CellType:
@@ -85,44 +110,76 @@ def _unbox_cell(kind: Any, value: Any, context: Any) -> NativeValue:
     return NativeValue(context.context.get_dummy_value())
 
 
-def gates(cell, s, h, carry):
+def gates(cell, s, h, carry, v):
     """The cell's `gates`, chosen at compile time."""
 
 
-def output(cell, tape, h, carry):
+def output(cell, tape, h, carry, v):
     """The cell's `output`, chosen at compile time."""
 
 
-def backward(cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry):
-    """The cell's backward, chosen at compile time."""
+def backward(cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry, v):
+    """The cell's `backward`, chosen at compile time."""
+
+
+def backward_operand(cell, tape, h_prev, d_m):
+    """The cell's `backward_operand`; cells without a late product change nothing."""
+
+
+def backward_vectors(cell, d_v, tape, h_prev, h, carry_prev, carry):
+    """The cell's `backward_vectors`."""
 
 
 @overload(gates)
-def _gates(cell, s, h, carry):
+def _gates(cell, s, h, carry, v):
     function = cell.cell.gates_of
-    return lambda cell, s, h, carry: function(s, h, carry)
+    if cell.cell.vectors:
+        return lambda cell, s, h, carry, v: function(s, h, carry, v)
+    return lambda cell, s, h, carry, v: function(s, h, carry)
 
 
 @overload(output)
-def _output(cell, tape, h, carry):
+def _output(cell, tape, h, carry, v):
     function = cell.cell.output
-    return lambda cell, tape, h, carry: function(tape, h, carry)
+    if cell.cell.vectors:
+        return lambda cell, tape, h, carry, v: function(tape, h, carry, v)
+    return lambda cell, tape, h, carry, v: function(tape, h, carry)
 
 
 @overload(backward)
-def _backward(cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry):
+def _backward(cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry, v):
     function = cell.cell.backward
-    return lambda cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry: function(
+    if cell.cell.vectors:
+        return lambda cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry, v: function(
+            tape, h_prev, h, carry_prev, carry, d_h, d_carry, v
+        )
+    return lambda cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry, v: function(
         tape, h_prev, h, carry_prev, carry, d_h, d_carry
     )
 
 
-def _count(name: str) -> Any:
+@overload(backward_operand)
+def _backward_operand(cell, tape, h_prev, d_m):
+    function = cell.cell.backward_operand
+    if function is None:
+        return lambda cell, tape, h_prev, d_m: (tape, d_m)
+    return lambda cell, tape, h_prev, d_m: function(tape, h_prev, d_m)
+
+
+@overload(backward_vectors)
+def _backward_vectors(cell, d_v, tape, h_prev, h, carry_prev, carry):
+    function = cell.cell.backward_vectors
+    return lambda cell, d_v, tape, h_prev, h, carry_prev, carry: function(
+        d_v, tape, h_prev, h, carry_prev, carry
+    )
+
+
+def _count(count_of: Callable[[Cell], int]) -> Any:
     """A count of a cell, known when a kernel is compiled."""
 
     @intrinsic
     def count(typingctx, cell):
-        number = getattr(cell.cell, name)
+        number = count_of(cell.cell)
 
         def codegen(context, builder, sig, args):
             return context.get_constant(types.intp, number)
@@ -132,8 +189,17 @@ def _count(name: str) -> Any:
     return count
 
 
-tape_of = _count("tape")
-tail_of = _count("tail")
+tape_of = _count(lambda cell: cell.tape)
+tail_of = _count(lambda cell: cell.tail)
+# Registers that receive products of x and of h.
+of_x = _count(lambda cell: len(cell.order_x))
+of_h = _count(lambda cell: len(cell.order_h))
+# Registers that receive any.
+sums_of = _count(lambda cell: max(cell.tail + len(cell.order_h), cell.into + len(cell.order_late)))
+# 1 with a late product, else 0, and its registers.
+late_of = _count(lambda cell: len(cell.order_late))
+operand_of = _count(lambda cell: cell.operand)
+into_of = _count(lambda cell: cell.into)
 
 
 def _runs(count_of: str) -> Any:
@@ -158,6 +224,8 @@ def _runs(count_of: str) -> Any:
 
 load_tape = _runs("tape")
 load_carry = _runs("carries")
+load_vectors = _runs("vectors")
+load_trained = _runs("trained")
 
 
 @intrinsic

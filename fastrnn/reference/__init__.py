@@ -10,7 +10,7 @@ The rules of this folder
 * Every gradient is proved against finite differences in float64 and against PyTorch, and the
   kernels are proved against this folder.
 
-A cell module (rnn, gru, lstm) is one layer in one direction and offers
+A cell module (rnn, gru, gru_before, gru_simple, lstm) is one layer in one direction and offers
 
     GATES, STATES                                    names, in the order of rows and of ``state``
     forward(params, x, state, **options)             -> (output, state, saved)
@@ -29,8 +29,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from fastrnn.reference import gru, lstm, rnn
+from fastrnn.reference import gru, gru_before, gru_simple, lstm, rnn
 
 __all__ = ["CELLS"]
 
-CELLS: dict[str, ModuleType] = {"rnn": rnn, "gru": gru, "lstm": lstm}
+CELLS: dict[str, ModuleType] = {
+    "rnn": rnn,
+    "gru": gru,
+    "gru_before": gru_before,
+    "gru_simple": gru_simple,
+    "lstm": lstm,
+}
