@@ -44,17 +44,19 @@ def _dropout(part, parts, x, source, batch, seed, limit, scale, y):
 
 def dropout(
     x: np.ndarray, p: float, seed: int, y: np.ndarray, layout: Layout | None = None
-) -> None:
+) -> np.ndarray:
     """Fill y with x where the mask of `seed` keeps it, scaled by 1 / (1 - p), and with 0 elsewhere.
 
     x and y are C-contiguous (T, B, H), or (N, H) with the rows of a layout; they may be the same
-    array.
+    array. Returns y.
     """
+    rows = y
     if layout is None:
         layout = even(*x.shape[:2])
-        x, y = (array.reshape(-1, array.shape[2]) for array in (x, y))
+        x, rows = (array.reshape(-1, array.shape[2]) for array in (x, y))
     limit = np.uint64(int(p * 2**53))
     scale = x.dtype.type(1 / (1 - p))
     parts = parts_for(x.size * ELEMENT, len(x))
     batch = layout.batch
-    run(_dropout, parts, x, layout.source, batch, np.uint64(seed % 2**64), limit, scale, y)
+    run(_dropout, parts, x, layout.source, batch, np.uint64(seed % 2**64), limit, scale, rows)
+    return y

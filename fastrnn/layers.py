@@ -35,12 +35,13 @@ from fastrnn.checks import (
 )
 from fastrnn.dropout import dropout
 from fastrnn.frozen import Frozen
-from fastrnn.layout import Layout, even, of_lengths
-from fastrnn.memory import empty
+from fastrnn.layout import Layout, cut, even
+from fastrnn.memory import empty, zeros
 from fastrnn.module import Module, Params, new_grads
 from fastrnn.parallel import get_num_threads
 from fastrnn.simd import padded
-from fastrnn.single import Kept, Weights, backward, forward
+from fastrnn.single import Sums, Weights
+from fastrnn.stack import Made, Parts, backward_layer, forward_layer
 from fastrnn.stepper import Stepper
 
 State = Any  # h (layers, B, H), or for the LSTM (h, c)
@@ -52,16 +53,19 @@ class Saved:
     def __init__(
         self,
         kind: tuple,
-        layers: list[list[Kept]],
+        layers: list[Made],
+        pieces: list[Layout],
+        table: np.ndarray | None,
         seeds: range,
-        layout: Layout,
         steps: int,
         unbatched: bool,
     ) -> None:
         self.kind = kind
-        self._layers: list[list[Kept]] | None = layers
+        self._layers: list[Made] | None = layers
+        self.pieces = pieces
+        # A view, since backward relies on the shape.
+        self.table = None if table is None else table.view()
         self.seeds = seeds
-        self.layout = layout
         self.steps = steps
         self.unbatched = unbatched
 
@@ -69,11 +73,12 @@ class Saved:
     def nbytes(self) -> int:
         """Bytes held: B*(T*tape*Hp + (T+1)*(H + carries*Hp)) numbers a layer; Hp: see recurrence.
 
-        Beside them x is kept by reference, and for each layer after dropout what it let through.
+        With `checkpoint_every`: the states in between. Beside them x is kept by reference, and what
+        each layer gives to the next, if dropout made it or the layers keep no outputs themselves.
         """
-        return sum(side.nbytes for sides in self._layers or () for side in sides)
+        return sum(made.nbytes for made in self._layers or ())
 
-    def take(self, retain: bool) -> list[list[Kept]]:
+    def take(self, retain: bool) -> list[Made]:
         if self._layers is None:
             raise ValueError(
                 "saved: expected the result of a new forward, got one that backward has used; "
@@ -81,7 +86,7 @@ class Saved:
             )
         layers = self._layers
         if retain:
-            return [[side.copy() for side in sides] for sides in layers]
+            return [made.copy() for made in layers]
         self._layers = None
         return layers
 
@@ -182,35 +187,6 @@ class _Recurrent(Module):
         count = len(self._ends)
         return [[part[layer * count + side] for part in states] for side in range(count)]
 
-    def _join(self, sides: list[Kept]) -> np.ndarray:
-        """The output of a layer (N, output_size), its rows those of its first direction."""
-        if len(sides) == 1:
-            return sides[0].output
-        size = self.hidden_size
-        flip = sides[0].layout.flip
-        y = empty((len(flip), self.output_size), self.dtype)
-        if self.merge == "concat":
-            y[:, :size] = sides[0].output
-            y[:, size:] = sides[1].output[flip]
-            return y
-        np.add(sides[0].output, sides[1].output[flip], out=y)
-        if self.merge == "mean":
-            y *= self.dtype.type(0.5)
-        return y
-
-    def _split(self, d_y: np.ndarray, layout: Layout) -> list[np.ndarray]:
-        """The opposite: the gradient of each direction's output."""
-        if not self.bidirectional:
-            return [d_y]
-        if self.merge == "mean":
-            d_y = d_y * self.dtype.type(0.5)
-        size = self.hidden_size
-        # What is the same for all steps has no order.
-        flip = layout.flip if len(d_y) == layout.count else slice(None)
-        if self.merge == "concat":
-            return [np.ascontiguousarray(d_y[:, :size]), np.ascontiguousarray(d_y[flip, size:])]
-        return [d_y, np.ascontiguousarray(d_y[flip])]
-
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.input_size}, {self.hidden_size}, "
@@ -240,6 +216,7 @@ class _Recurrent(Module):
         resets: Any = None,
         vectors: Any = None,
         seed: int | None = None,
+        checkpoint_every: int | None = None,
     ) -> tuple[np.ndarray, State, Saved]:
         """Run over a sequence for training.
 
@@ -256,10 +233,17 @@ class _Recurrent(Module):
                 made: V products instead of T*B. The same bits as with vectors[x]; d_x is then the
                 gradient of vectors, which like that of weight_ih is summed up by token first
         seed    of the dropout masks; drawn by the layer if it is not given
+        checkpoint_every   keep the states of every so many steps only, and no tape: backward takes
+                pieces of that length forward again. Less memory (see `training_bytes`), about a
+                third more time, the same bits
         Returns output (T, B, H), the final state, and what `backward` needs. The output is
         read-only, x and vectors must not change until then: backward reads them.
         """
-        return self._forward(x, state, lengths, resets, vectors, keep=True, seed=seed)
+        every = None
+        if checkpoint_every is not None:
+            every = as_size("checkpoint_every", checkpoint_every)
+        arguments = x, state, lengths, resets, vectors
+        return self._forward(*arguments, keep=True, seed=seed, every=every)
 
     def _forward(
         self,
@@ -271,6 +255,7 @@ class _Recurrent(Module):
         *,
         keep: bool,
         seed: int | None,
+        every: int | None = None,
     ) -> tuple[np.ndarray, State, Any]:
         self.check_params()
         if vectors is not None:
@@ -281,38 +266,55 @@ class _Recurrent(Module):
             # Backward writes where the tokens say: they must still be the ones that were checked.
             x = x.copy()
         steps, batch = x.shape[:2]
-        layout = self._layout(lengths, resets, steps, batch, unbatched)
-        x = layout.gather(x.reshape(steps * batch, *x.shape[2:]))
+        pieces = self._pieces(lengths, resets, steps, batch, unbatched, every)
+        rows = x.reshape(steps * batch, *x.shape[2:])
+        xs = [piece.gather(rows) for piece in pieces]
         states = self._initial(state, batch, unbatched)
         seed = as_seed(seed)
         if keep and self.dropout and self.num_layers > 1 and seed is None:
             seed = int(self._seeds.integers(2**63))
         seeds = range(seed or 0, (seed or 0) + self.num_layers)
-        layouts = [layout, layout.turned] if self.bidirectional else [layout]
-        saved = []
+        saved: list[Made] = []
+        finals: list[Parts] = []
         for layer in range(self.num_layers):
             if layer and keep and self.dropout:
-                dropped = empty(x.shape, self.dtype)
-                dropout(x, self.dropout, seeds[layer], dropped, layout)
-                x = dropped
-            xs = [x, x[layout.flip]] if self.bidirectional else [x]
-            weights, state = self._weights(layer, self.params), self._states(layer, states)
-            done = forward(self.cell, weights, layouts, xs, vectors, state, keep=keep)
-            saved.append(done)
-            x, vectors = self._join(done), None
-        finals = [side.final(self.cell.carries) for sides in saved for side in sides]
-        last = [np.array(parts) for parts in zip(*finals, strict=True)]
-        result = Saved(self._kind(), saved, seeds, layout, steps, unbatched) if keep else None
-        output = layout.scatter(x, steps).reshape(steps, batch, self.output_size)
+                xs = [
+                    dropout(x, self.dropout, seeds[layer], empty(x.shape, self.dtype), piece)
+                    for x, piece in zip(xs, pieces, strict=True)
+                ]
+            xs, last, made = forward_layer(
+                self.cell,
+                self._weights(layer, self.params),
+                pieces,
+                xs,
+                vectors if layer == 0 else None,
+                self._states(layer, states),
+                merge=self.merge,
+                keep=keep,
+            )
+            if keep:
+                saved.append(made)
+            finals += last
+        final = [np.array(parts) for parts in zip(*finals, strict=True)]
+        result = None
+        if keep:
+            result = Saved(self._kind(), saved, pieces, vectors, seeds, steps, unbatched)
+        output = _outside(pieces, xs, steps).reshape(steps, batch, self.output_size)
         output = self._outward(output, unbatched)
         # Backward reads the same memory.
         output.flags.writeable = not keep
-        return output, self._state_out(last, unbatched), result
+        return output, self._state_out(final, unbatched), result
 
-    def _layout(self, lengths: Any, resets: Any, steps: int, batch: int, unbatched: bool) -> Layout:
-        """Where the steps are that count."""
-        if lengths is None and resets is None:
-            return even(steps, batch)
+    def _pieces(
+        self,
+        lengths: Any,
+        resets: Any,
+        steps: int,
+        batch: int,
+        unbatched: bool,
+        every: int | None,
+    ) -> list[Layout]:
+        """Where the steps are that count, in pieces of `every` steps."""
 
         def time_major(name: str, array: np.ndarray) -> np.ndarray:
             shape: tuple = (steps, batch)
@@ -324,6 +326,10 @@ class _Recurrent(Module):
             check_shape(name, array, shape, names)
             return array.reshape(batch, steps).T if unbatched or self.batch_first else array
 
+        if every is None:
+            every = steps
+        if lengths is None and resets is None and every >= steps:
+            return [even(steps, batch)]
         counts = np.full(batch, steps)
         if lengths is not None:
             array = as_array("lengths", lengths)
@@ -331,9 +337,9 @@ class _Recurrent(Module):
                 counts = mask_lengths(time_major("lengths", array))
             else:
                 counts = as_lengths(array.reshape(-1) if unbatched else array, steps, batch)
-        if resets is None:
-            return of_lengths(counts)
-        return of_lengths(counts, time_major("resets", as_flags("resets", resets)))
+        if resets is not None:
+            resets = time_major("resets", as_flags("resets", resets))
+        return cut(steps, counts, resets, every)
 
     def training_bytes(self, steps: int, batch: int) -> int:
         """Bytes that `forward` and `backward` take at most, for features of (steps, batch, I).
@@ -402,45 +408,51 @@ class _Recurrent(Module):
             )
         self.check_params()
         grads = new_grads(self.params, grads)
-        layout, steps = saved.layout, saved.steps
-        batch = layout.batch
+        pieces, steps = saved.pieces, saved.steps
+        batch = pieces[0].batch
         d_states = self._initial(d_state, batch, saved.unbatched, name="d_state")
         if d_output is None:
-            d_y = np.zeros((1, self.output_size), self.dtype)
+            d_ys = [np.zeros((1, self.output_size), self.dtype)] * len(pieces)
         else:
             d_y = self._gradient_in(d_output, steps, batch, saved.unbatched)
-            d_y = layout.gather(d_y.reshape(steps * batch, self.output_size))
+            d_y = d_y.reshape(steps * batch, self.output_size)
+            d_ys = [piece.gather(d_y) for piece in pieces]
         layers = saved.take(retain)
-        vectors = layers[0][0].vectors is not None
-        tokens = layers[0][0].x.dtype == np.int32
         d_initial = [np.empty_like(s) for s in d_states]
+        d_first: np.ndarray | None = None
         for layer in reversed(range(self.num_layers)):
-            d_xs, firsts = backward(
+            made, table = layers.pop(), None if layer else saved.table
+            tokens = made.xs[0].dtype == np.int32
+            weights, out = self._weights(layer, self.params), self._weights(layer, grads)
+            sums = [
+                Sums(self.cell, of, into, tokens=tokens, table=table)
+                for of, into in zip(weights, out, strict=True)
+            ]
+            d_ys, firsts = backward_layer(
                 self.cell,
-                self._weights(layer, self.params),
-                self._weights(layer, grads),
-                layers[layer],
-                self._split(d_y, layout),
+                weights,
+                sums,
+                pieces,
+                made,
+                table,
+                d_ys,
                 self._states(layer, d_states),
+                merge=self.merge,
                 want_d_x=need_d_x or layer > 0,
             )
+            for side in sums:
+                found = side.close(need_d_x)
+                d_first = found if d_first is None else d_first + found
             for totals, parts in zip(self._states(layer, d_initial), firsts, strict=True):
                 for total, part in zip(totals, parts, strict=True):
                     total[...] = part
-            d_y = d_xs[0]
-            if self.bidirectional:
-                # The gradient of vectors has no order of steps.
-                steps_of = len(d_y) > 0 and (layer > 0 or not tokens)
-                d_y += d_xs[1][layout.flip] if steps_of else d_xs[1]
             if layer and self.dropout:
-                dropout(d_y, self.dropout, saved.seeds[layer], d_y, layout)
-        d_x = None
-        if need_d_x and vectors:
-            d_x = d_y
-        elif need_d_x and not tokens:
-            d_x = layout.scatter(d_y, steps).reshape(steps, batch, self.input_size)
-            d_x = self._outward(d_x, saved.unbatched)
-        return d_x, self._state_out(d_initial, saved.unbatched), grads
+                for d_x, piece in zip(d_ys, pieces, strict=True):
+                    dropout(d_x, self.dropout, saved.seeds[layer], d_x, piece)
+        if need_d_x and not tokens:
+            d_x = _outside(pieces, d_ys, steps).reshape(steps, batch, self.input_size)
+            d_first = self._outward(d_x, saved.unbatched)
+        return d_first if need_d_x else None, self._state_out(d_initial, saved.unbatched), grads
 
     def stepper(self, batch: int | None = None, *, tokens: bool = False) -> Stepper:
         """The layers one step at a time, with the state kept: `y = stepper(x)`; see `Stepper`.
@@ -545,6 +557,17 @@ class _Recurrent(Module):
         if unbatched:
             parts = [part[:, 0] for part in parts]
         return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _outside(pieces: list[Layout], rows: list[np.ndarray], steps: int) -> np.ndarray:
+    """The rows of all pieces where the caller has them, (T*B, ...); zeros where no step is."""
+    total, count = steps * pieces[0].batch, sum(piece.count for piece in pieces)
+    if count == total and len(pieces) == 1 and pieces[0].plain:
+        return rows[0]
+    array = (empty if count == total else zeros)((total, rows[0].shape[1]), rows[0].dtype)
+    for piece, values in zip(pieces, rows, strict=True):
+        piece.scatter(values, array)
+    return array
 
 
 class RNN(_Recurrent):

@@ -13,22 +13,21 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastrnn.memory import zeros
-
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """N steps in C columns, from B sequences of an array (T, B, ...) of the caller's.
 
     batch   B
-    plain   whether the steps are the caller's rows in the caller's order
+    begin   the caller's row from which on these steps are
+    plain   whether they are the caller's rows in the caller's order
     source  (N,): which row of the caller's (T*B, ...) each step is
     starts  (S+2,), S steps in the longest column: the states before step s begin at row starts[s],
             those after it, one for each column that takes the step, at starts[s+1]; the steps
             themselves at starts[s+1] - C
     ends    (C+1,): how many steps the first 0, 1, ... columns have
     rows    (N,): the steps in the order in which gradients are added up: back in the caller's time,
-            at each time in the caller's order of sequences
+            of columns that are turned round on in it, and at each time sequence by sequence
     before  (N,): the rows of the states before these
     fresh   (B,): whether a sequence begins anew, without its initial state; None: no one does
     first   (B,): the column that it begins in; a slice if these are all in order
@@ -37,6 +36,7 @@ class Layout:
     """
 
     batch: int
+    begin: int
     plain: bool
     source: np.ndarray
     starts: np.ndarray
@@ -61,22 +61,37 @@ class Layout:
         return len(self.rows)
 
     @functools.cached_property
+    def _place(self) -> tuple[np.ndarray, np.ndarray]:
+        """(step, column) of each row."""
+        step = np.repeat(np.arange(self.steps), np.diff(self.starts[1:]))
+        return step, np.arange(self.count) - (self.starts[1:-1] - self.columns)[step]
+
+    @functools.cached_property
     def flip(self) -> np.ndarray:
         """(N,): where each step is if every column is turned round; the way back is the same."""
+        step, column = self._place
         length = np.diff(self.ends)
-        step = np.repeat(np.arange(self.steps), np.diff(self.starts[1:]))
-        column = np.arange(self.count) - (self.starts[1:-1] - self.columns)[step]
         return self.starts[length[column] - step] - self.columns + column
 
     @functools.cached_property
     def turned(self) -> Layout:
         """The same of columns that are turned round: they begin where a sequence ends."""
+        step, column = self._place
         length = np.diff(self.ends)
         first = np.arange(self.columns)[self.first]
-        last = _in_order(self.starts[length[first]] + first)
-        return replace(self, first=self.final, final=self.first, last=last, fresh=None)
+        time, who = np.divmod(self.source[self.flip] - self.begin, self.batch)
+        rows = _ordered(time * self.batch + who)
+        return replace(
+            self,
+            rows=rows,
+            before=(self.starts[step] + column)[rows],
+            fresh=None,
+            first=self.final,
+            final=self.first,
+            last=_in_order(self.starts[length[first]] + first),
+        )
 
-    def begin(self, state: np.ndarray) -> np.ndarray:
+    def heard(self, state: np.ndarray) -> np.ndarray:
         """An initial state (B, H), or its gradient, as far as it is heard of."""
         if self.fresh is not None:
             state = state.copy()
@@ -85,26 +100,42 @@ class Layout:
 
     def gather(self, array: np.ndarray) -> np.ndarray:
         """The rows of the caller's (T*B, ...) array that are steps, in their order."""
-        return array[: self.count] if self.plain else array[self.source]
+        return array[self.begin : self.begin + self.count] if self.plain else array[self.source]
 
-    def scatter(self, rows: np.ndarray, steps: int) -> np.ndarray:
-        """The opposite, for T = `steps`: (T*B, ...), zeros where there is no step."""
-        if self.plain and self.count == steps * self.batch:
-            return rows
-        array = zeros((steps * self.batch, *rows.shape[1:]), rows.dtype)
-        array[self.source] = rows
-        return array
+    def scatter(self, rows: np.ndarray, array: np.ndarray) -> None:
+        """The opposite."""
+        if self.plain:
+            array[self.begin : self.begin + self.count] = rows
+        else:
+            array[self.source] = rows
 
 
 @functools.lru_cache(maxsize=64)
-def even(steps: int, batch: int) -> Layout:
-    """Sequences of one length."""
-    return of_lengths(np.full(batch, steps))
+def even(steps: int, batch: int, first: int = 0) -> Layout:
+    """Sequences of one length; of the caller's steps, those from `first` on."""
+    return of_lengths(np.full(batch, steps), first=first)
 
 
-def of_lengths(lengths: np.ndarray, resets: np.ndarray | None = None) -> Layout:
-    """Sequences of any lengths from 0; `resets` (T, B) is True before what step one begins anew."""
+def cut(steps: int, lengths: np.ndarray, resets: np.ndarray | None, every: int) -> list[Layout]:
+    """Pieces of `every` steps of sequences of T = `steps` at most; see `of_lengths`."""
+    pieces = []
+    for first in range(0, steps, every):
+        count = min(every, steps - first)
+        within = None if resets is None else resets[first : first + count]
+        if within is None and (lengths >= first + count).all():
+            pieces.append(even(count, len(lengths), first))
+        else:
+            pieces.append(of_lengths(np.clip(lengths - first, 0, count), within, first=first))
+    return pieces
+
+
+def of_lengths(lengths: np.ndarray, resets: np.ndarray | None = None, *, first: int = 0) -> Layout:
+    """Sequences of any lengths from 0; `resets` (T, B) is True before what step one begins anew.
+
+    first  of the caller's steps, the first of these
+    """
     batch = len(lengths)
+    origin = first * batch
     if resets is None:
         sequence, begin, length = np.arange(batch), np.zeros(batch, int), lengths
     else:
@@ -117,29 +148,34 @@ def of_lengths(lengths: np.ndarray, resets: np.ndarray | None = None) -> Layout:
     column = np.arange(len(step)) - (starts[1:-1] - len(order))[step]
     time, who = begin[column] + step, sequence[column]
     source = time * batch + who
-    # By the caller's time and sequence, which is what gradients are added up by.
-    span = int(lengths.max())
-    place = np.full(span * batch, -1)
-    place[(span - 1 - time) * batch + who] = np.arange(len(step))
-    rows = place[place >= 0]
-    first, final = np.empty(batch, int), np.empty(batch, int)
+    rows = _ordered((lengths.max() - 1 - time) * batch + who)
+    before = starts[step] + column
+    entry, final = np.empty(batch, int), np.empty(batch, int)
     number = np.arange(len(order))
-    first[sequence[begin == 0]] = number[begin == 0]
+    entry[sequence[begin == 0]] = number[begin == 0]
     ending = begin + length == lengths[sequence]
     final[sequence[ending]] = number[ending]
     return Layout(
         batch,
+        origin,
         bool((source == np.arange(len(source))).all()),
-        source,
+        source + origin,
         starts,
         np.concatenate([[0], np.cumsum(length)]),
         rows,
-        (starts[step] + column)[rows],
+        before[rows],
         None if resets is None else resets[0] & (lengths > 0),
-        _in_order(first),
+        _in_order(entry),
         _in_order(final),
         _in_order(starts[length[final]] + final),
     )
+
+
+def _ordered(keys: np.ndarray) -> np.ndarray:
+    """What np.argsort would give, of numbers from 0 that occur once each."""
+    place = np.full(keys.max(initial=-1) + 1, -1)
+    place[keys] = np.arange(len(keys))
+    return place[place >= 0]
 
 
 def _in_order(rows: np.ndarray) -> np.ndarray | slice:

@@ -57,7 +57,6 @@ class Kept:
     h: np.ndarray
     carry: np.ndarray
     tape: np.ndarray
-    vectors: np.ndarray | None
 
     @property
     def nbytes(self) -> int:
@@ -82,15 +81,15 @@ class Kept:
         return replace(self, tape=self.tape.copy())
 
 
-def _sharing(
-    cell: Cell, layout: Layout, size: int, dtype: Any, work: int, sides: int
-) -> tuple[int, int]:
-    """(parts of the units of one of `sides` directions, parts of the columns of all)."""
-    meet = parts_of_units(cell, layout.steps, layout.columns, size, dtype)
+def _sharing(cell: Cell, layouts: list[Layout], of: Weights, work: int) -> tuple[int, int]:
+    """(parts of the units of one direction, parts of the columns of all)."""
+    steps, columns = (max(getattr(a, name) for a in layouts) for name in ("steps", "columns"))
+    total = sum(layout.columns for layout in layouts)
+    meet = parts_of_units(cell, steps, columns, of.h.shape[1], of.h.dtype)
     # Two directions feed two threads without meeting.
-    if sides > 1 and sides * layout.columns >= get_num_threads():
+    if len(layouts) > 1 and total >= get_num_threads():
         meet = 1
-    return meet, parts_for(sides * work, sides * layout.columns)
+    return meet, parts_for(work, total)
 
 
 def _run(function: Any, meet: int, parts: int, calls: list[tuple]) -> None:
@@ -106,21 +105,26 @@ def forward(
     weights: list[Weights],
     layouts: list[Layout],
     xs: list[np.ndarray],
-    vectors: np.ndarray | None,
+    table: np.ndarray | None,
     states: list[list[np.ndarray]],
     *,
     keep: bool,
 ) -> list[Kept]:
-    """Each direction's run over its x (N, I) from its state, (B, H) for each part of it."""
+    """Each direction's run over its x (N, I) from its state, (B, H) for each part of it.
+
+    table  (V, I): x are tokens that stand for its rows
+    """
+    size, dtype = weights[0].h.shape[1], weights[0].h.dtype
+    hidden = padded(size, dtype)
+    tokens = xs[0].dtype == np.int32
+    inputs = 0 if tokens else weights[0].x.shape[1]
+    count = sum(layout.count for layout in layouts)
+    work = count * cell.gates * hidden * (size + inputs)
+    meet, parts = _sharing(cell, layouts, weights[0], work)
+    row = cell.tape * hidden
     done, calls = [], []
     for of, layout, x, state in zip(weights, layouts, xs, states, strict=True):
-        size, dtype = of.h.shape[1], of.h.dtype
         columns, count = layout.columns, layout.count
-        hidden = padded(size, dtype)
-        tokens = x.dtype == np.int32
-        work = count * cell.gates * hidden * (size + (0 if tokens else of.x.shape[1]))
-        meet, parts = _sharing(cell, layout, size, dtype, work, len(weights))
-        row = cell.tape * hidden
         rows, width = columns, row // meet
         if meet == 1:
             rows = -(-columns // -(-parts // len(weights)))
@@ -128,18 +132,16 @@ def forward(
         chunk = max(1, min(layout.steps, chunk))
         h = empty((columns + count, size), dtype)
         h[:columns] = 0
-        h[layout.first] = layout.begin(state[0])
+        h[layout.first] = layout.heard(state[0])
         carry = empty((columns + count if keep else columns, cell.carries * hidden), dtype)
         carry[:columns] = 0
         for i, value in enumerate(state[1:]):
-            carry[layout.first, i * hidden : i * hidden + size] = layout.begin(value)
+            carry[layout.first, i * hidden : i * hidden + size] = layout.heard(value)
         tape = empty((count if keep else min(count, chunk * columns), row), dtype)
-        packed = of.pack(cell, tokens, meet > 1, vectors)
+        packed = of.pack(cell, tokens, meet > 1, table)
         call: tuple = (cell, chunk, int(keep), layout.starts, layout.ends)
         calls.append((*call, x, *packed, h, carry, tape))
-        # A view, since backward relies on the shape.
-        view = None if vectors is None else vectors.view()
-        done.append(Kept(layout, x, h, carry, tape, view))
+        done.append(Kept(layout, x, h, carry, tape))
     _run(recurrence.forward_slice, meet, parts, calls)
     return done
 
@@ -147,144 +149,177 @@ def forward(
 def backward(
     cell: Cell,
     weights: list[Weights],
-    grads: list[Weights],
+    sums: list[Sums],
     kept: list[Kept],
     d_ys: list[np.ndarray],
     d_last: list[list[np.ndarray]],
     *,
     want_d_x: bool,
 ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """Each direction's d_x (N, I) and the gradient of its initial state.
+    """Each direction's d_x (N, I), empty for tokens, and the gradient of its initial state.
 
-    d_ys   (N, H), or (1, H) for all steps alike
-    d_x of tokens is empty, with vectors their gradient
-    grads  are added to
+    d_ys  (N, H), or (1, H) for all steps alike
+    sums  are added to
     """
+    size, dtype = weights[0].h.shape[1], weights[0].h.dtype
+    hidden = padded(size, dtype)
+    work = sum(side.layout.count for side in kept) * cell.gates * hidden * size
+    meet, parts = _sharing(cell, [side.layout for side in kept], weights[0], work)
     calls, states = [], []
     for of, side, d_y, last in zip(weights, kept, d_ys, d_last, strict=True):
-        layout, size, dtype = side.layout, of.h.shape[1], of.h.dtype
-        hidden = padded(size, dtype)
-        work = layout.count * cell.gates * hidden * size
-        meet, count = _sharing(cell, layout, size, dtype, work, len(weights))
+        layout = side.layout
         d_h = np.zeros((layout.columns, hidden), dtype)
         d_h[layout.final, :size] = last[0]
         d_carry = np.zeros((layout.columns, cell.carries * hidden), dtype)
         for i, value in enumerate(last[1:]):
             d_carry[layout.final, i * hidden : i * hidden + size] = value
-        none = d_h[0]
-        late, d_m = none, d_h[:0]
+        none = np.zeros(hidden, dtype)
+        late, d_m, v = none, d_h[:0], none
         if cell.order_late:
-            late = pack(of.h, cell.order_late, hidden, size=size)
-            d_m = np.empty_like(d_h)
-        v = none
+            late, d_m = pack(of.h, cell.order_late, hidden, size=size), np.empty_like(d_h)
         if of.v is not None:
-            v = np.zeros((cell.vectors, hidden), dtype)
-            v[:, :size] = of.v
-            v = v.reshape(-1)
+            v = _in_registers(of.v, hidden)
         packed = pack(of.h, cell.order_h, hidden, size=size)
-        call: tuple = (cell, layout.starts, layout.ends, d_y, packed, late)
-        zero = np.zeros(hidden, dtype)
-        calls.append((*call, zero, v, side.h, side.carry, side.tape, d_h, d_carry, d_m))
+        call: tuple = (cell, layout.starts, layout.ends, d_y, packed, late, none, v)
+        calls.append((*call, side.h, side.carry, side.tape, d_h, d_carry, d_m))
         states.append((d_h, d_carry))
-    _run(recurrence.backward_slice, meet, count, calls)
+    _run(recurrence.backward_slice, meet, parts, calls)
     d_xs, firsts = [], []
-    for of, out, side, (d_h, d_carry) in zip(weights, grads, kept, states, strict=True):
-        d_xs.append(_gradients(cell, of, out, side, want_d_x))
-        size, first = of.h.shape[1], side.layout.first
-        hidden = d_h.shape[1]
-        parts = [d_carry[first, i * hidden : i * hidden + size] for i in range(cell.carries)]
-        firsts.append([side.layout.begin(part) for part in (d_h[first, :size], *parts)])
+    for total, side, (d_h, d_carry) in zip(sums, kept, states, strict=True):
+        d_xs.append(total.add(side, want_d_x))
+        first = side.layout.first
+        carries = [d_carry[first, i * hidden : i * hidden + size] for i in range(cell.carries)]
+        firsts.append([side.layout.heard(part) for part in (d_h[first, :size], *carries)])
     return d_xs, firsts
 
 
-def _gradients(cell: Cell, of: Weights, out: Weights, kept: Kept, want_d_x: bool) -> np.ndarray:
-    """Those of the weights, added to `out`, and d_x, from the gradients of the gates."""
-    layout, size, dtype = kept.layout, of.h.shape[1], of.h.dtype
-    hidden, inputs, count = padded(size, dtype), of.x.shape[1], layout.count
-    tokens = kept.x.dtype == np.int32
-    unused = np.zeros(len(of.x), dtype)
-    d_b_x = unused if out.b_x is None else out.b_x
-    d_b_h = out.b_h
-    if d_b_h is None:
-        d_b_h = unused if tokens else unused.copy()
-    gates, order = (cell.gates, size), list(cell.order_x)
-    if tokens:
-        kinds = inputs if kept.vectors is None else len(kept.vectors)
-        rows = zeros((kinds, cell.gates, hidden), dtype)
-        if kept.vectors is None:
-            rows[:, :, :size] = out.x.reshape(*gates, inputs)[order].transpose(2, 0, 1)
-        sums = np.zeros((cell.gates, hidden), dtype)
-        sums[:, :size] = d_b_x.reshape(gates)[order]
-        d_x = np.empty((0, inputs), dtype)
-        into = rows.reshape(kinds, -1), sums.reshape(-1)
-    else:
-        d_x = empty((count if want_d_x else 0, inputs), dtype)
-        into = out.x, d_b_x
-    need = want_d_x and not tokens
-    packed = pack(of.x, cell.order_x, hidden) if need else np.zeros(hidden, dtype)
-    parts = parts_for(count * cell.gates * hidden * size, cell.gates * hidden // lanes(dtype))
-    run(
-        recurrence.gradients,
-        parts,
-        cell.tail,
-        cell.operand,
-        cell.into,
-        layout.rows,
-        layout.before,
-        kept.x,
-        kept.h,
-        kept.tape,
-        indices(cell.order_x),
-        indices(cell.order_h),
-        indices(cell.order_late),
-        packed,
-        np.zeros(inputs, dtype),
-        d_x,
-        into[0],
-        out.h,
-        into[1],
-        d_b_h,
-    )
-    if out.v is not None:
-        sums_v = np.zeros((cell.trained, hidden), dtype)
-        sums_v[:, :size] = out.v
-        blocks = hidden // lanes(dtype)
-        arguments = (cell, layout.rows, layout.before, kept.h, kept.carry, kept.tape)
-        share = parts_for(count * hidden * ELEMENT, blocks)
-        run(recurrence.vector_gradients, share, *arguments, sums_v.reshape(-1))
-        out.v[...] = sums_v[:, :size]
-    if tokens:
-        if kept.vectors is None:
-            out.x.reshape(*gates, inputs)[order] = rows[:, :, :size].transpose(1, 2, 0)
-        else:
-            d_x = _gradient_of_vectors(cell, of, out, kept.vectors, into[0], want_d_x)
-        d_b_x.reshape(gates)[order] = sums[:, :size]
-    return d_x
+def _in_registers(rows: np.ndarray, hidden: int) -> np.ndarray:
+    """Rows (n, H), zeros behind them up to whole registers, as one (n * Hp)."""
+    spread = np.zeros((len(rows), hidden), rows.dtype)
+    spread[:, : rows.shape[1]] = rows
+    return spread.reshape(-1)
 
 
-def _gradient_of_vectors(
-    cell: Cell, of: Weights, out: Weights, vectors: np.ndarray, d_table: np.ndarray, want: bool
-) -> np.ndarray:
-    """The gradient of vectors, from that of their products with W_x; adds to that of W_x."""
-    size, dtype = of.h.shape[1], of.h.dtype
-    (count, n), inputs = d_table.shape, vectors.shape[1]
-    hidden = n // cell.gates
-    d_vectors = empty((count if want else 0, inputs), dtype)
-    same_order = out.x.shape[0] == n and cell.order_x == tuple(range(cell.gates))
-    d_w = out.x if same_order else zeros((n, inputs), dtype)
-    run(
-        gemm.affine_gradients,
-        parts_for(count * n * inputs, n // lanes(dtype)),
-        even(1, count).rows,
-        vectors,
-        d_table,
-        pack(of.x, cell.order_x, hidden) if want else np.zeros(inputs, dtype),
-        np.zeros(inputs, dtype),
-        d_vectors,
-        d_w,
-        np.zeros(n, dtype),
-    )
-    if not same_order:
-        found = d_w.reshape(cell.gates, hidden, inputs)[:, :size]
-        out.x.reshape(cell.gates, size, inputs)[list(cell.order_x)] += found
-    return d_vectors
+class Sums:
+    """Gradients of one direction's weights while they are being added up, piece after piece.
+
+    Those of tokens stand in rows, one for each, until the end.
+    """
+
+    def __init__(
+        self, cell: Cell, of: Weights, out: Weights, *, tokens: bool, table: np.ndarray | None
+    ) -> None:
+        self.cell, self.of, self.out = cell, of, out
+        self.table, self.tokens = table, tokens
+        size, dtype = of.h.shape[1], of.h.dtype
+        self.hidden = padded(size, dtype)
+        unused = np.zeros(len(of.x), dtype)
+        self.d_b_x = unused if out.b_x is None else out.b_x
+        self.d_b_h = out.b_h
+        if out.b_h is None:
+            self.d_b_h = unused if tokens else unused.copy()
+        self.into: tuple[np.ndarray, np.ndarray] = (out.x, self.d_b_x)
+        if tokens:
+            rows = zeros((self._kinds, cell.gates, self.hidden), dtype)
+            if table is None:
+                rows[:, :, :size] = self._by_gate(out.x).transpose(2, 0, 1)
+            biases = np.zeros((cell.gates, self.hidden), dtype)
+            biases[:, :size] = self._by_gate(self.d_b_x)
+            self.into = rows.reshape(self._kinds, -1), biases.reshape(-1)
+        if out.v is not None:
+            self.d_v = _in_registers(out.v, self.hidden)
+
+    @property
+    def _kinds(self) -> int:
+        return self.of.x.shape[1] if self.table is None else len(self.table)
+
+    def _by_gate(self, array: np.ndarray) -> np.ndarray:
+        """(G*H, ...) as (G, H, ...) in the cell's order: a copy."""
+        gates = array.reshape(self.cell.gates, -1, *array.shape[1:])
+        return gates[list(self.cell.order_x)]
+
+    def add(self, kept: Kept, want_d_x: bool) -> np.ndarray:
+        """Those of a piece, from the gradients of its gates; returns d_x (N, I), or (0, I)."""
+        cell, of, layout, dtype = self.cell, self.of, kept.layout, kept.h.dtype
+        size, inputs, count = of.h.shape[1], of.x.shape[1], layout.count
+        need = want_d_x and not self.tokens
+        d_x = empty((count if need else 0, inputs), dtype)
+        nothing = np.zeros(max(inputs, self.hidden), dtype)
+        packed = pack(of.x, cell.order_x, self.hidden) if need else nothing
+        blocks = self.hidden // lanes(dtype)
+        run(
+            recurrence.gradients,
+            parts_for(count * cell.gates * self.hidden * size, cell.gates * blocks),
+            cell.tail,
+            cell.operand,
+            cell.into,
+            layout.rows,
+            layout.before,
+            kept.x,
+            kept.h,
+            kept.tape,
+            indices(cell.order_x),
+            indices(cell.order_h),
+            indices(cell.order_late),
+            packed,
+            nothing[:inputs],
+            d_x,
+            self.into[0],
+            self.out.h,
+            self.into[1],
+            self.d_b_h,
+        )
+        if self.out.v is not None:
+            parts = parts_for(count * self.hidden * ELEMENT, blocks)
+            states = kept.h, kept.carry, kept.tape
+            run(
+                recurrence.vector_gradients,
+                parts,
+                cell,
+                layout.rows,
+                layout.before,
+                *states,
+                self.d_v,
+            )
+        return d_x
+
+    def close(self, want_d_table: bool) -> np.ndarray | None:
+        """Put the sums where they belong; returns the gradient of the table, if there is one."""
+        size, cell, d_table = self.of.h.shape[1], self.cell, None
+        if self.out.v is not None:
+            self.out.v[...] = self.d_v.reshape(len(self.out.v), -1)[:, :size]
+        if self.tokens:
+            rows, biases = (a.reshape(*a.shape[:-1], cell.gates, -1) for a in self.into)
+            if self.table is None:
+                gates = self.out.x.reshape(cell.gates, size, -1)
+                gates[list(cell.order_x)] = rows[:, :, :size].transpose(1, 2, 0)
+            else:
+                d_table = self._gradient_of_table(self.table, self.into[0], want_d_table)
+            self.d_b_x.reshape(cell.gates, size)[list(cell.order_x)] = biases[:, :size]
+        return d_table
+
+    def _gradient_of_table(
+        self, table: np.ndarray, d_products: np.ndarray, want: bool
+    ) -> np.ndarray:
+        """Its gradient, from that of its products with W_x; adds to that of W_x."""
+        cell, of, d_w_x, dtype = self.cell, self.of, self.out.x, table.dtype
+        (count, n), inputs = d_products.shape, of.x.shape[1]
+        d_table = empty((count if want else 0, inputs), dtype)
+        same_order = len(d_w_x) == n and cell.order_x == tuple(range(cell.gates))
+        d_w = d_w_x if same_order else zeros((n, inputs), dtype)
+        run(
+            gemm.affine_gradients,
+            parts_for(count * n * inputs, n // lanes(dtype)),
+            even(1, count).rows,
+            table,
+            d_products,
+            pack(of.x, cell.order_x, self.hidden) if want else np.zeros(inputs, dtype),
+            np.zeros(inputs, dtype),
+            d_table,
+            d_w,
+            np.zeros(n, dtype),
+        )
+        if not same_order:
+            found = d_w.reshape(cell.gates, self.hidden, inputs)[:, : of.h.shape[1]]
+            d_w_x.reshape(cell.gates, -1, inputs)[list(cell.order_x)] += found
+        return d_table

@@ -32,6 +32,7 @@ LEVELS = (
     {"pack"},
     {"recurrence", "module", "stepper", "frozen"},
     {"single", "dense"},
+    {"stack"},
     {"layers"},
     {"models"},
     {"train", "generate", "score"},
