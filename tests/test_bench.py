@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 pytest.importorskip("bench", reason="not a checkout")
 
-from bench import report  # noqa: E402
+from bench import report, runner  # noqa: E402
 from bench.cases import CASES, CELLS, MODES, Case, find  # noqa: E402
 from bench.language import Model  # noqa: E402
 from bench.peers import contestant  # noqa: E402
@@ -124,6 +125,40 @@ def test_ratios_and_shares():
     text = report.markdown({"about": {"cpu": "x"}, "results": [one, alone]}, ["plot.svg"])
     assert "| small | lstm | 2.00 | 1.00 |" in text
     assert "- onnx: inference only (training small lstm, training small lstm)" in text
+
+
+def test_a_round_that_others_disturb_is_timed_again(monkeypatch):
+    # Shares that four rounds lose: the third is calm, and the fourth is not needed.
+    lost = [0.5, 0.2, 0.01, 0.0]
+    asked = []
+    clock = iter(range(100))
+    taken = itertools.accumulate(x for share in lost for x in (0.0, share))
+    monkeypatch.setattr(runner, "_stolen", lambda: next(taken))
+    monkeypatch.setattr(runner, "os", SimpleNamespace(cpu_count=lambda: 1))
+    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+    class Fake:
+        def ask(self, **request):
+            asked.append(request)
+            return {"times": [len(asked)]}
+
+    answer = runner.calm(Fake(), 0.5)
+    assert answer["times"] == [3]
+    assert answer["stolen"] == pytest.approx(0.01)
+    assert asked == [{"do": "time", "seconds": 0.5}] * 3
+    # None is calm: the calmest counts.
+    taken = itertools.accumulate(x for share in (0.3, 0.1, 0.2, 0.4) for x in (0.0, share))
+    assert runner.calm(Fake(), 0.5)["times"] == [5]
+    assert len(asked) == 7
+
+
+def test_what_others_took_is_told():
+    calm, disturbed = entry([1e-3], [2e-3]), entry([1e-3], [2e-3])
+    assert report.stolen(calm) == 0
+    disturbed["contestants"]["torch"]["stolen"] = [0.0, 0.3, 0.4]
+    assert report.stolen(disturbed) == 0.3
+    text = report.markdown({"about": {}, "results": [calm, disturbed]}, [])
+    assert "They took at most 30%" in text
 
 
 def test_a_run_writes_what_it_found(tmp_path):
