@@ -92,10 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Of the processors, by other guests of a host.
-_DISTURBED = 0.05
-
-
 def _belongs(case: str, mode: str) -> bool:
     """Whether the case is one of the mode; without a name, whether it has as many layers."""
     if case in CASES:
@@ -113,8 +109,8 @@ def _line(entry: dict[str, Any]) -> str:
         text += f"  {theirs / ours:6.2f} x {peer}"
     for name, found in report.variants(entry).items():
         text += f"  {name} takes {found:.2f}"
-    if report.stolen(entry) > _DISTURBED:
-        text += f"  (others took {report.stolen(entry):.0%})"
+    if lost := report.disturbed(entry):
+        text += f"  (stolen: {lost})"
     return text
 
 

@@ -27,9 +27,9 @@ GATE = {"float32": 2e-5, "float64": 1e-11}
 _SECONDS_OF_LIMITS = 0.2
 # Seconds that a contestant may take to compile a case.
 _PATIENCE = 120
-# The share of its processors' time that other guests of a virtual machine's host may take from a
-# round, and how often a round that lost more is timed again.
-_STOLEN, _AGAIN = 0.02, 4
+# The share of a round that a virtual machine's host may take for others, ticks of the clock that
+# are nothing in any case, and how often a round that lost more is timed at most.
+_STOLEN, _TICKS, _TRIES = 0.02, 2, 4
 
 
 class Process:
@@ -103,13 +103,23 @@ def _busy(wanted: bool) -> Iterator[None]:
         other.wait()
 
 
-def _stolen() -> float:
-    """Seconds of all processors that other guests have taken since the start; 0 if unknown."""
+def ticks(stat: str, processors: set[int]) -> tuple[int, int]:
+    """(stolen by the host, used) of the processors since the start, from the text of /proc/stat."""
+    stolen = used = 0
+    for line in stat.splitlines():
+        name, *fields = line.split()
+        if name.removeprefix("cpu").isdecimal() and int(name.removeprefix("cpu")) in processors:
+            user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+            stolen += steal
+            used += user + nice + system + irq + softirq
+    return stolen, used
+
+
+def _ticks() -> tuple[int, int] | None:
     try:
-        total = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-        return int(total[8]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return 0.0
+        return ticks(Path("/proc/stat").read_text(), os.sched_getaffinity(0))
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def start_worker(
@@ -126,18 +136,24 @@ def start_worker(
 
 
 def calm(process: Process, seconds: float) -> dict[str, Any]:
-    """Times of a round; one that lost too much to others is timed again, the calmest counts."""
+    """Times of a round, and the share of it that was stolen; None if nobody knows.
+
+    One that lost too much is timed again; the calmest counts, not the fastest.
+    """
     best: dict[str, Any] = {}
-    for _ in range(_AGAIN):
-        before, start = _stolen(), time.perf_counter()
+    for _ in range(_TRIES):
+        before = _ticks()
         answer = process.ask(do="time", seconds=seconds)
+        after = _ticks()
         if "failed" in answer:
             return answer
-        whole = (time.perf_counter() - start) * (os.cpu_count() or 1)
-        answer["stolen"] = (_stolen() - before) / whole
+        if before is None or after is None:
+            return answer | {"stolen": None}
+        stolen, used = (new - old for old, new in zip(before, after, strict=True))
+        answer["stolen"] = stolen / max(1, stolen + used)
         if not best or answer["stolen"] < best["stolen"]:
             best = answer
-        if best["stolen"] <= _STOLEN:
+        if stolen <= max(_TICKS, _STOLEN * (stolen + used)):
             break
     return best
 
@@ -170,8 +186,9 @@ class Race:
                     process.end()
                     process = self._processes[one] = start_worker(one, *self._how)
                 own = one.dtype or dtype
+                does = one.does(mode)
                 answer = process.ask(
-                    do="set", mode=mode, case=case, cell=cell, dtype=own, wanted=wanted
+                    do="set", mode=does, case=case, cell=cell, dtype=own, wanted=wanted
                 )
                 if "failed" in answer:
                     found[one] = {"missing": answer["failed"][:200]}

@@ -1,9 +1,9 @@
 """RNN, GRU and LSTM: parameters, checks, and the kernels around them.
 
-Layers keep no memory between calls: what backward needs is in the object that forward returns.
-`backward` adds to `grads` if they are given; pieces of a sequence, last piece first, then give the
-same bits as the whole. (With `vectors`, the gradients of vectors and weight_ih of each call are
-summed up by token first: there, pieces agree with the whole to rounding.)
+Layers keep no memory between calls (but for `Frozen`): what backward needs is in the object that
+forward returns. `backward` adds to `grads` if they are given; pieces of a sequence, last piece
+first, then give the same bits as the whole. (With `vectors`, the gradients of vectors and weight_ih
+of each call are summed up by token first: there, pieces agree with the whole to rounding.)
 """
 
 from __future__ import annotations
@@ -263,9 +263,9 @@ class _Recurrent(Module):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """W_x, W_h and the bias of a layer as its kernels take them."""
         key = layer, tokens, apart
-        lasting = self._packed if vectors is None else None
-        if lasting is not None and key in lasting:
-            return lasting[key]
+        kept = self._packed if vectors is None else None
+        if kept is not None and key in kept:
+            return kept[key]
         cell = self.cell
         w_x, w_h = self.params[f"weight_ih_l{layer}"], self.params[f"weight_hh_l{layer}"]
         b_x, b_h = self.params.get(f"bias_ih_l{layer}"), self.params.get(f"bias_hh_l{layer}")
@@ -275,8 +275,8 @@ class _Recurrent(Module):
         else:
             packed = pack_vectors(w_x, cell.order_x, bias, vectors)
         found = packed, pack_transposed(w_h, cell.order_h, apart=apart), bias
-        if lasting is not None:
-            lasting[key] = found
+        if kept is not None:
+            kept[key] = found
         return found
 
     def training_bytes(self, steps: int, batch: int) -> int:
@@ -483,15 +483,19 @@ class _Recurrent(Module):
         return Stepper(self, batch, bool(tokens))
 
     def freeze(self) -> Frozen:
-        """The layers with weights that stay: `y, state = run(x)`; see `Frozen`."""
+        """For serving: `run = layer.freeze(); y, state = run(x)`; see `Frozen`."""
         return Frozen(self)
 
-    def _fixed(self) -> _Recurrent:
+    def _with_fixed_weights(self) -> _Recurrent:
         """A copy whose weights stay what they are now."""
-        self.check_params()
         fixed = copy.copy(self)
         fixed.params, fixed._packed = self.state_dict(), {}
+        fixed.check_params()
         return fixed
+
+    def __getstate__(self) -> dict[str, Any]:
+        # How weights are packed depends on the machine, which a copy may leave.
+        return {**vars(self), "_packed": None if self._packed is None else {}}
 
     def _input(self, x: Any, vectors: np.ndarray | None) -> tuple[np.ndarray, bool]:
         """x time-major, floats (T, B, I) or int32 (T, B), and whether it came without B."""

@@ -1,6 +1,7 @@
 """Weights as the products want them: panels, their gates in whole registers.
 
-Packing is done at every call, since the arrays of `params` belong to the user and may have changed.
+Packing is done at every call, since the arrays of `params` belong to the user and may have changed;
+`freeze` is for those that will not.
 """
 
 from __future__ import annotations

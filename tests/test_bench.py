@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,43 +126,83 @@ def test_ratios_and_shares():
     assert "- onnx: inference only (training small lstm, training small lstm)" in text
 
 
+STAT = """cpu  99 99 99 99 99 99 99 99 99 99
+cpu0 1 2 3 40 50 6 7 8 9 10
+cpu1 10 20 30 400 500 60 70 80 90 100
+cpu2 5 5 5 5 5 5 5 5 5 5
+intr 1 2 3
+"""
+
+
+def test_what_is_stolen_is_read():
+    assert runner.ticks(STAT, {0, 1}) == (88, 209)
+    assert runner.ticks(STAT, {1}) == (80, 190)
+    with pytest.raises(ValueError, match="unpack"):
+        runner.ticks("cpu0 1 2 3\n", {0})
+
+
+class Timed:
+    """A process that tells how often it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def ask(self, **request):
+        self.asked.append(request)
+        return {"times": [len(self.asked)]}
+
+
+def lose(monkeypatch, *rounds):
+    """Of each round, (stolen, used) ticks."""
+    reads = []
+    total = (0, 0)
+    for one in rounds:
+        reads.append(total)
+        total = (total[0] + one[0], total[1] + one[1])
+        reads.append(total)
+    reads = iter(reads)
+    monkeypatch.setattr(runner, "_ticks", lambda: next(reads))
+
+
 def test_a_round_that_others_disturb_is_timed_again(monkeypatch):
-    # Shares that four rounds lose: the third is calm, and the fourth is not needed.
-    lost = [0.5, 0.2, 0.01, 0.0]
-    asked = []
-    clock = iter(range(100))
-    taken = itertools.accumulate(x for share in lost for x in (0.0, share))
-    monkeypatch.setattr(runner, "_stolen", lambda: next(taken))
-    monkeypatch.setattr(runner, "os", SimpleNamespace(cpu_count=lambda: 1))
-    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-
-    class Fake:
-        def ask(self, **request):
-            asked.append(request)
-            return {"times": [len(asked)]}
-
-    answer = runner.calm(Fake(), 0.5)
-    assert answer["times"] == [3]
-    assert answer["stolen"] == pytest.approx(0.01)
-    assert asked == [{"do": "time", "seconds": 0.5}] * 3
+    process = Timed()
+    lose(monkeypatch, (50, 50), (20, 80), (2, 198), (0, 100))
+    answer = runner.calm(process, 0.5)
+    assert answer == {"times": [3], "stolen": 0.01}
+    assert process.asked == [{"do": "time", "seconds": 0.5}] * 3
+    # A tick or two of few are nothing.
+    lose(monkeypatch, (2, 8), (0, 10))
+    assert runner.calm(process, 0.5) == {"times": [4], "stolen": 0.2}
     # None is calm: the calmest counts.
-    taken = itertools.accumulate(x for share in (0.3, 0.1, 0.2, 0.4) for x in (0.0, share))
-    assert runner.calm(Fake(), 0.5)["times"] == [5]
-    assert len(asked) == 7
+    lose(monkeypatch, (30, 70), (10, 90), (20, 80), (40, 60))
+    assert runner.calm(process, 0.5) == {"times": [6], "stolen": 0.1}
+    assert len(process.asked) == 8
 
 
-def test_what_others_took_is_told():
-    calm, disturbed = entry([1e-3], [2e-3]), entry([1e-3], [2e-3])
-    assert report.stolen(calm) == 0
-    disturbed["contestants"]["torch"]["stolen"] = [0.0, 0.3, 0.4]
-    assert report.stolen(disturbed) == 0.3
-    text = report.markdown({"about": {}, "results": [calm, disturbed]}, [])
-    assert "They took at most 30%" in text
+def test_where_nobody_knows_a_round_is_timed_once(monkeypatch):
+    monkeypatch.setattr(runner, "_ticks", lambda: None)
+    process = Timed()
+    assert runner.calm(process, 0.5) == {"times": [1], "stolen": None}
+
+
+def test_who_is_disturbed_is_told():
+    calm, lost = entry([1e-3], [2e-3]), entry([1e-3], [2e-3])
+    calm["contestants"]["torch"]["stolen"] = [0.0, 0.01, 0.9]
+    calm["contestants"]["fastrnn"]["stolen"] = [None]
+    # That of somebody who does not count does not count.
+    calm["contestants"]["fastrnn:1"] = {"rounds": [1.0], "stolen": [0.5]}
+    assert report.disturbed(calm) == ""
+    lost["contestants"]["torch"]["stolen"] = [0.0, 0.3, 0.4]
+    assert report.disturbed(lost) == "torch 30%"
+    text = report.markdown({"about": {}, "results": [calm, lost]}, [])
+    assert text.count("lost much all the same") == 1
+    assert "training small lstm: torch 30%" in text
+    assert report.markdown({"about": {}, "results": []}, [])
 
 
 def test_a_run_writes_what_it_found(tmp_path):
     options = ["--cases", "T3B2I4H5", "--cells", "gru", "--contestants", "fastrnn,numpy,onnx"]
-    options[-1] += ",fastrnn:2,fastrnn:float64,numpy:busy"
+    options[-1] += ",fastrnn:2,fastrnn:float64,fastrnn:call,numpy:busy"
     options += ["--rounds", "2", "--seconds", "0.01", "--threads", "1", "--out", str(tmp_path)]
     options += ["--memory", "--start"]
     run = subprocess.run(
@@ -180,10 +219,12 @@ def test_a_run_writes_what_it_found(tmp_path):
     assert (training["mode"], inference["mode"]) == ("training", "inference")
     for one in (training, inference):
         assert len(one["contestants"]["fastrnn"]["rounds"]) == 2
+        assert len(one["contestants"]["fastrnn"]["stolen"]) == 2
         assert report.ratio(one) > 0
         assert one["limits"]["gflops"] > 0
         assert one["limits"]["gbytes"] > 0
-        assert set(report.variants(one)) == {"fastrnn:2", "fastrnn:float64", "numpy:busy"}
+        options = {"fastrnn:2", "fastrnn:float64", "fastrnn:call", "numpy:busy"}
+        assert set(report.variants(one)) == options
     for one in record["memory"]:
         assert one["found"]["fastrnn"]["most"] > one["found"]["fastrnn"]["before"] > 0
     assert record["start"]["fastrnn (cold)"]["first"] > 0
