@@ -109,6 +109,8 @@ def _line(entry: dict[str, Any]) -> str:
         text += f"  {theirs / ours:6.2f} x {peer}"
     for name, found in report.variants(entry).items():
         text += f"  {name} takes {found:.2f}"
+    if lost := report.disturbed(entry):
+        text += f"  (stolen: {lost})"
     return text
 
 

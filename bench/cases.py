@@ -52,7 +52,7 @@ GRID = (
 MODES = {
     # forward, backward, d_x and every weight gradient of a layer
     "training": GRID,
-    # forward of a layer
+    # forward of a layer, with weights that stay
     "inference": GRID,
     # T calls of one step each, the state carried
     "stepping": (Case("step", 1000, 1, 64, 64),),

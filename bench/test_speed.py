@@ -13,7 +13,7 @@ pytest.importorskip("pytest_benchmark")
 
 @pytest.mark.parametrize("case", GRID, ids=lambda case: case.name)
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("mode", ["training", "inference"])
+@pytest.mark.parametrize("mode", ["training", "inference", "calling"])
 def test_speed(benchmark, mode, cell, case):
     step, _ = getattr(fastrnn, mode)(case, cell, "float32", get_num_threads())
     step()

@@ -8,22 +8,29 @@ import numpy as np
 
 
 class Frozen:
-    """Runs a stack of layers without packing its weights at each call; made by `LSTM.freeze`.
+    """Runs a stack of layers whose weights are packed once; made by `LSTM.freeze` and its like.
 
-    `output, state = run(x, state)` is `layer(x, state)`, with the same arguments and the same bits.
-    Where a call has few rows, packing is much of its time: a tenth of 100 steps of one sequence.
+    `output, state = run(x, state)` is `layer(x, state)`, with the same arguments and the same bits;
+    the layer itself is left alone and trains on. A layer packs its weights at every call, which
+    tells where a call has few rows: LSTM(64, 128) over 100 steps of one sequence takes 0.86 of the
+    time (docs/decisions/0009).
 
-    Weights are those of the moment it was made; `refresh` takes over later ones. It holds a copy of
-    them, and a packed one for each way of running that occurs. Threads may share it.
+    Weights are those of the moment it was made; `refresh` takes over later ones. It holds the layer
+    and a copy of its weights, and packs them for each way of running (tokens or features, few
+    sequences or many) when it first occurs: call it once before it serves. With `vectors` the first
+    layer is packed at every call. Threads may share it.
     """
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
         self.refresh()
 
+    def __repr__(self) -> str:
+        return f"Frozen({self._layer!r})"
+
     def refresh(self) -> None:
         """Take over the weights that the layer has now."""
-        self._fixed = self._layer._fixed()
+        self._copy = self._layer._with_fixed_weights()
 
     def __call__(
         self,
@@ -35,4 +42,4 @@ class Frozen:
         vectors: Any = None,
     ) -> tuple[np.ndarray, Any]:
         """Run over a sequence: see `LSTM.__call__` and its like."""
-        return self._fixed(x, state, lengths, resets=resets, vectors=vectors)
+        return self._copy(x, state, lengths, resets=resets, vectors=vectors)

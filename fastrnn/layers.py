@@ -1,9 +1,9 @@
 """RNN, GRU and LSTM: parameters, checks, and the kernels around them.
 
-Layers keep no memory between calls: what backward needs is in the object that forward returns.
-`backward` adds to `grads` if they are given; pieces of a sequence, last piece first, then give the
-same bits as the whole. (With `vectors`, the gradients of vectors and weight_ih of each call are
-summed up by token first: there, pieces agree with the whole to rounding.)
+Layers keep no memory between calls (but for `Frozen`): what backward needs is in the object that
+forward returns. `backward` adds to `grads` if they are given; pieces of a sequence, last piece
+first, then give the same bits as the whole. (With `vectors`, the gradients of vectors and weight_ih
+of each call are summed up by token first: there, pieces agree with the whole to rounding.)
 """
 
 from __future__ import annotations
@@ -470,15 +470,19 @@ class _Recurrent(Module):
         return Stepper(self, batch, bool(tokens))
 
     def freeze(self) -> Frozen:
-        """The layers with weights that stay: `y, state = run(x)`; see `Frozen`."""
+        """For serving: `run = layer.freeze(); y, state = run(x)`; see `Frozen`."""
         return Frozen(self)
 
-    def _fixed(self) -> _Recurrent:
+    def _with_fixed_weights(self) -> _Recurrent:
         """A copy whose weights stay what they are now."""
-        self.check_params()
         fixed = copy.copy(self)
         fixed.params, fixed._packed = self.state_dict(), {}
+        fixed.check_params()
         return fixed
+
+    def __getstate__(self) -> dict[str, Any]:
+        # How weights are packed depends on the machine, which a copy may leave.
+        return {**vars(self), "_packed": None if self._packed is None else {}}
 
     def _input(self, x: Any, vectors: np.ndarray | None) -> tuple[np.ndarray, bool]:
         """x time-major, floats (T, B, I) or int32 (T, B), and whether it came without B."""

@@ -30,6 +30,7 @@ class Layout:
             of columns that are turned round on in it, and at each time sequence by sequence
     before  (N,): the rows of the states before these
     fresh   (B,): whether a sequence begins anew, without its initial state; None: no one does
+    ended   (B,): whether another begins anew behind it; likewise
     first   (B,): the column that it begins in; a slice if these are all in order
     final   (B,): the column that it ends in; likewise
     last    (B,): the row of its final state; likewise
@@ -44,6 +45,7 @@ class Layout:
     rows: np.ndarray
     before: np.ndarray
     fresh: np.ndarray | None
+    ended: np.ndarray | None
     first: np.ndarray | slice
     final: np.ndarray | slice
     last: np.ndarray | slice
@@ -85,7 +87,8 @@ class Layout:
             self,
             rows=rows,
             before=(self.starts[step] + column)[rows],
-            fresh=None,
+            fresh=self.ended,
+            ended=self.fresh,
             first=self.final,
             final=self.first,
             last=_in_order(self.starts[length[first]] + first),
@@ -121,17 +124,29 @@ def cut(steps: int, lengths: np.ndarray, resets: np.ndarray | None, every: int) 
     pieces = []
     for first in range(0, steps, every):
         count = min(every, steps - first)
-        within = None if resets is None else resets[first : first + count]
-        if within is None and (lengths >= first + count).all():
+        end = first + count
+        within = None if resets is None else resets[first:end]
+        ended = None
+        if resets is not None and end < steps:
+            ended = resets[end] & (lengths > end)
+        if within is None and (lengths >= end).all():
             pieces.append(even(count, len(lengths), first))
         else:
-            pieces.append(of_lengths(np.clip(lengths - first, 0, count), within, first=first))
+            counts = np.clip(lengths - first, 0, count)
+            pieces.append(of_lengths(counts, within, ended, first=first))
     return pieces
 
 
-def of_lengths(lengths: np.ndarray, resets: np.ndarray | None = None, *, first: int = 0) -> Layout:
+def of_lengths(
+    lengths: np.ndarray,
+    resets: np.ndarray | None = None,
+    ended: np.ndarray | None = None,
+    *,
+    first: int = 0,
+) -> Layout:
     """Sequences of any lengths from 0; `resets` (T, B) is True before what step one begins anew.
 
+    ended  (B,) likewise, for the step after these
     first  of the caller's steps, the first of these
     """
     batch = len(lengths)
@@ -165,6 +180,7 @@ def of_lengths(lengths: np.ndarray, resets: np.ndarray | None = None, *, first: 
         rows,
         before[rows],
         None if resets is None else resets[0] & (lengths > 0),
+        ended,
         _in_order(entry),
         _in_order(final),
         _in_order(starts[length[final]] + final),

@@ -1,6 +1,7 @@
 """Weights as the products want them: panels, their gates in whole registers.
 
-Packing is done at every call, since the arrays of `params` belong to the user and may have changed.
+Packing is done at every call, since the arrays of `params` belong to the user and may have changed;
+`freeze` is for those that will not.
 """
 
 from __future__ import annotations
@@ -202,4 +203,4 @@ def pack_layer(
         runs = own.reshape(cell.vectors, hidden)
         runs[:, size:] = 0
         runs[:, :size] = v
-    return Packed(values, np.array([0 if tokens else inputs, 0, *ends[:-1]]))
+    return Packed(values, np.array([0 if tokens else inputs, 0, *ends[:-1]], np.int64))

@@ -85,50 +85,57 @@ def _active(starts, t, first, columns):
     return max(0, min(starts[t + 2] - starts[t + 1] - first, columns))
 
 
-def _project(cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, base):
+@helper
+def _tape_row(starts, t, begin, slots):
+    """Where the rows of step t begin; see `_project`."""
+    return (t - begin) * slots if slots else starts[t + 1] - starts[1]
+
+
+def _project(cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, slots):
     """Begin the sums of `steps` steps from t on: tape = W_x x + bias.
 
-    The step in row r of the states has row r - base of the tape.
+    Rows of the tape are those of a layout if `slots` is 0, else so many for each of these steps.
     """
 
 
 @overload(_project)
 def _project_overload(
-    cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, base
+    cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, slots
 ):
-    def dense(cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, base):
+    def dense(cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, slots):
         size = x.shape[1]
         row = tape.shape[1]
         run = row // tape_of(cell)
+        begin, end = t, t + steps
         # Steps of as many sequences are one product; those of all sequences have no gaps anyway.
-        while steps > 0:
+        while t < end:
             total = starts[t + 2] - starts[t + 1]
+            gap = slots if slots else total
             rows = _active(starts, t, first, columns)
             count = 1
-            while count < steps and starts[t + count + 2] - starts[t + count + 1] == total:
+            while t + count < end and starts[t + count + 2] - starts[t + count + 1] == total:
                 count += 1
-            whole = rows == total
+            whole = rows == total and gap == total
             start = (starts[t + 1] - starts[1] + first) * size
-            into = (starts[t + 1] - base + first) * row
+            into = (_tape_row(starts, t, begin, slots) + first) * row
             multiply_units(
                 apart, of_x(cell), run, low, high,
                 1 if whole else count, count * rows if whole else rows, size,
-                at(x, start), size, total * size, w_x, bias, 0, at(tape, into), row, total * row,
+                at(x, start), size, total * size, w_x, bias, 0, at(tape, into), row, gap * row,
             )  # fmt: skip
             t += count
-            steps -= count
 
-    def tokens(cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, base):
+    def tokens(cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, slots):
         row = tape.shape[1]
         run = row // tape_of(cell)
         n = of_x(cell) * run
         w = width_of(tape)
         for s in range(t, t + steps):
-            for r in range(
-                starts[s + 1] + first, starts[s + 1] + first + _active(starts, s, first, columns)
-            ):
-                source = x[r - starts[1]] * n
-                target = (r - base) * row
+            here = _tape_row(starts, s, t, slots) + first
+            before = starts[s + 1] - starts[1] + first
+            for r in range(_active(starts, s, first, columns)):
+                source = x[before + r] * n
+                target = (here + r) * row
                 for left in range(0, n, run):
                     for j in range(left + low, left + high, w):
                         store(tape, target + j, load(w_x, source + j) + load(bias, j))
@@ -199,16 +206,17 @@ def forward_slice(
     apart = meeting.size > 0
     together = apart and parts > 1
     meetings = 1 + late_of(cell)
+    # Others may be in another chunk: no row is theirs now and then.
+    slots = 0 if keep else ends.size - 1
     for start in range(0, steps, chunk):
         length = min(chunk, steps - start)
-        base = starts[1] if keep else starts[start + 1]
         _project(
-            cell, x, starts, start, length, first, columns, low, high, apart, w_x, bias, tape, base
+            cell, x, starts, start, length, first, columns, low, high, apart, w_x, bias, tape, slots
         )
         for t in range(start, start + length):
             rows = _active(starts, t, first, columns)
             # Rows of the tape, and of the states before and after.
-            here = starts[t + 1] - base + first
+            here = _tape_row(starts, t, start, slots) + first
             old, new = starts[t] + first, starts[t + 1] + first
             c_old, c_new = (old, new) if keep else (first, first)
             _fill_tail(cell, here, rows, low, high, run, bias, tape)

@@ -74,7 +74,8 @@ class Kept:
         # Without a tape there is but the latest of each column.
         rows = layout.last if len(self.carry) == len(self.h) else layout.final
         parts = [self.carry[rows, i * hidden : i * hidden + size] for i in range(carries)]
-        return [self.h[layout.last], *parts]
+        # Copies: a view would keep all of the memory.
+        return [np.array(part) for part in (self.h[layout.last], *parts)]
 
     def copy(self) -> Kept:
         """With a tape of its own, which backward overwrites."""
@@ -137,7 +138,7 @@ def forward(
         carry[:columns] = 0
         for i, value in enumerate(state[1:]):
             carry[layout.first, i * hidden : i * hidden + size] = layout.heard(value)
-        tape = empty((count if keep else min(count, chunk * columns), row), dtype)
+        tape = empty((count if keep else chunk * columns, row), dtype)
         packed = of.pack(cell, tokens, meet > 1, table)
         call: tuple = (cell, chunk, int(keep), layout.starts, layout.ends)
         calls.append((*call, x, *packed, h, carry, tape))

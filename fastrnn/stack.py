@@ -71,9 +71,14 @@ def forward_layer(
     """(output of each piece, final states of each side, what backward needs)."""
     sides, whole = len(weights), len(pieces) == 1
     outputs: list[list[np.ndarray]] = [[] for _ in range(sides)]
-    begun, kept = [], None
+    begun: list[list[Parts]] = []
+    kept = None
+    if not whole:
+        weights = _packed_once(weights)
+        # The caller may go on with the arrays.
+        states = [[part.copy() for part in side] for side in states]
     for at in _turns(pieces, sides):
-        if keep:
+        if keep and not whole:
             begun.append(states)
         inputs = _inputs(pieces, xs, at)
         layouts = _layouts(pieces, at)
@@ -89,6 +94,11 @@ def forward_layer(
         both = zip(pieces, outputs[0], reversed(outputs[1]), strict=True)
         ys = [_join(one, other[piece.flip], merge) for piece, one, other in both]
     return ys, states, Made(xs, begun, kept)
+
+
+def _packed_once(weights: list[Weights]) -> list[Weights]:
+    """For several pieces."""
+    return [of if of.packed is not None else of._replace(packed={}) for of in weights]
 
 
 def _join(one: np.ndarray, other: np.ndarray, merge: str) -> np.ndarray:
@@ -139,6 +149,8 @@ def backward_layer(
     d_ys  of each piece, (N, H) or (1, H) for all steps alike
     """
     sides = len(weights)
+    if made.kept is None:
+        weights = _packed_once(weights)
     d_xs: list[np.ndarray | None] = [None] * len(pieces)
     turns = _turns(pieces, sides)
     for turn in reversed(range(len(turns))):

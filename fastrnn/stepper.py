@@ -39,6 +39,7 @@ from fastrnn.parallel import parts_for, run
 from fastrnn.simd import (
     at,
     flush_denormals,
+    lanes,
     load,
     load_n,
     padded,
@@ -72,7 +73,7 @@ def bind(
     # All begin on a register boundary: they are whole registers.
     values = empty(sum(p.values.size for p in packed), packed[0].values.dtype)
     np.concatenate([p.values for p in packed], out=values)
-    places = np.array([p.places for p in packed])
+    places = np.array([p.places for p in packed], np.int64)
     ends = np.cumsum([p.values.size for p in packed])
     places[1:, 1:] += ends[:-1, None]
     return Packed(values, places)
@@ -268,9 +269,15 @@ class Stepper:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has arrays of its own, and so other addresses.
-        return {**vars(self), "_ready": self._ready[3]}
+        return {**vars(self), "_ready": self._ready[3], "_lanes": lanes(self.dtype)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        here = lanes(state["dtype"])
+        if state.pop("_lanes") != here:
+            raise ValueError(
+                f"stepper: expected one from a CPU with {here} {state['dtype']} in a register, as "
+                "here, got one from another; make it again with layer.stepper()"
+            )
         vars(self).update(state)
         self._use(state["_ready"])
 

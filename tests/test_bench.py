@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 pytest.importorskip("bench", reason="not a checkout")
 
-from bench import report  # noqa: E402
+from bench import report, runner  # noqa: E402
 from bench.cases import CASES, CELLS, MODES, Case, find  # noqa: E402
 from bench.language import Model  # noqa: E402
 from bench.peers import contestant  # noqa: E402
@@ -126,9 +126,83 @@ def test_ratios_and_shares():
     assert "- onnx: inference only (training small lstm, training small lstm)" in text
 
 
+STAT = """cpu  99 99 99 99 99 99 99 99 99 99
+cpu0 1 2 3 40 50 6 7 8 9 10
+cpu1 10 20 30 400 500 60 70 80 90 100
+cpu2 5 5 5 5 5 5 5 5 5 5
+intr 1 2 3
+"""
+
+
+def test_what_is_stolen_is_read():
+    assert runner.ticks(STAT, {0, 1}) == (88, 209)
+    assert runner.ticks(STAT, {1}) == (80, 190)
+    with pytest.raises(ValueError, match="unpack"):
+        runner.ticks("cpu0 1 2 3\n", {0})
+
+
+class Timed:
+    """A process that tells how often it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def ask(self, **request):
+        self.asked.append(request)
+        return {"times": [len(self.asked)]}
+
+
+def lose(monkeypatch, *rounds):
+    """Of each round, (stolen, used) ticks."""
+    reads = []
+    total = (0, 0)
+    for one in rounds:
+        reads.append(total)
+        total = (total[0] + one[0], total[1] + one[1])
+        reads.append(total)
+    reads = iter(reads)
+    monkeypatch.setattr(runner, "_ticks", lambda: next(reads))
+
+
+def test_a_round_that_others_disturb_is_timed_again(monkeypatch):
+    process = Timed()
+    lose(monkeypatch, (50, 50), (20, 80), (2, 198), (0, 100))
+    answer = runner.calm(process, 0.5)
+    assert answer == {"times": [3], "stolen": 0.01}
+    assert process.asked == [{"do": "time", "seconds": 0.5}] * 3
+    # A tick or two of few are nothing.
+    lose(monkeypatch, (2, 8), (0, 10))
+    assert runner.calm(process, 0.5) == {"times": [4], "stolen": 0.2}
+    # None is calm: the calmest counts.
+    lose(monkeypatch, (30, 70), (10, 90), (20, 80), (40, 60))
+    assert runner.calm(process, 0.5) == {"times": [6], "stolen": 0.1}
+    assert len(process.asked) == 8
+
+
+def test_where_nobody_knows_a_round_is_timed_once(monkeypatch):
+    monkeypatch.setattr(runner, "_ticks", lambda: None)
+    process = Timed()
+    assert runner.calm(process, 0.5) == {"times": [1], "stolen": None}
+
+
+def test_who_is_disturbed_is_told():
+    calm, lost = entry([1e-3], [2e-3]), entry([1e-3], [2e-3])
+    calm["contestants"]["torch"]["stolen"] = [0.0, 0.01, 0.9]
+    calm["contestants"]["fastrnn"]["stolen"] = [None]
+    # That of somebody who does not count does not count.
+    calm["contestants"]["fastrnn:1"] = {"rounds": [1.0], "stolen": [0.5]}
+    assert report.disturbed(calm) == ""
+    lost["contestants"]["torch"]["stolen"] = [0.0, 0.3, 0.4]
+    assert report.disturbed(lost) == "torch 30%"
+    text = report.markdown({"about": {}, "results": [calm, lost]}, [])
+    assert text.count("lost much all the same") == 1
+    assert "training small lstm: torch 30%" in text
+    assert report.markdown({"about": {}, "results": []}, [])
+
+
 def test_a_run_writes_what_it_found(tmp_path):
     options = ["--cases", "T3B2I4H5", "--cells", "gru", "--contestants", "fastrnn,numpy,onnx"]
-    options[-1] += ",fastrnn:2,fastrnn:float64,numpy:busy"
+    options[-1] += ",fastrnn:2,fastrnn:float64,fastrnn:call,numpy:busy"
     options += ["--rounds", "2", "--seconds", "0.01", "--threads", "1", "--out", str(tmp_path)]
     options += ["--memory", "--start"]
     run = subprocess.run(
@@ -145,10 +219,12 @@ def test_a_run_writes_what_it_found(tmp_path):
     assert (training["mode"], inference["mode"]) == ("training", "inference")
     for one in (training, inference):
         assert len(one["contestants"]["fastrnn"]["rounds"]) == 2
+        assert len(one["contestants"]["fastrnn"]["stolen"]) == 2
         assert report.ratio(one) > 0
         assert one["limits"]["gflops"] > 0
         assert one["limits"]["gbytes"] > 0
-        assert set(report.variants(one)) == {"fastrnn:2", "fastrnn:float64", "numpy:busy"}
+        options = {"fastrnn:2", "fastrnn:float64", "fastrnn:call", "numpy:busy"}
+        assert set(report.variants(one)) == options
     for one in record["memory"]:
         assert one["found"]["fastrnn"]["most"] > one["found"]["fastrnn"]["before"] > 0
     assert record["start"]["fastrnn (cold)"]["first"] > 0

@@ -49,7 +49,7 @@ def one_way(cell, rnn, layer, reverse, columns):
     """The layer of one direction that has the same weights."""
     end = f"_l{layer}" + ("_reverse" if reverse else "")
     alone = new_layer(cell, columns, H, dtype=rnn.dtype)
-    keys = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    keys = [key.removesuffix("_l0") for key in alone.params]
     alone.load_state_dict({f"{key}_l0": rnn.params[key + end] for key in keys})
     return alone
 
@@ -118,7 +118,9 @@ def test_two_layers_of_one_direction(cell, dtype, lengths, merge, layers, rng):
     got, want = results(*given), by_hand(cell, *given)
     assert got.keys() == want.keys()
     for key in want:
-        if layers == 1 or key in ("output", "final 0"):
+        # Gradients are added up in the caller's time, which turned sequences do not share.
+        shared = "_reverse" not in key or len(set(lengths)) == 1
+        if (layers == 1 and shared) or key in ("output", "final 0"):
             same(got[key], np.ascontiguousarray(want[key]), key)
         else:
             scale = max(1, np.abs(want[key]).max())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastrnn
-from fastrnn import single
+from fastrnn import pack, units
 
 KINDS = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -29,12 +29,13 @@ def same(found, wanted):
 @each_kind
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_every_way_of_running(kind, dtype, count, rng, threads):
+def test_every_way_of_running(kind, dtype, count, rng, threads, monkeypatch):
     threads(count)
-    layer = kind(70, 130, 2, dtype=dtype, seed=0)
+    # One sequence shares its units, however small; many are shared out.
+    monkeypatch.setattr(units, "_SHARED", 0)
+    layer = kind(70, 130, 2, dtype=dtype, seed=0, bias=count == 1)
     run = layer.freeze()
-    # One sequence shares its units, many are shared out; tokens and vectors beside features.
-    for shape in ((40, 1, 70), (3, 33, 70), (5, 70)):
+    for shape in ((33, 3, 70), (40, 1, 70), (5, 70)):
         x = rng.standard_normal(shape).astype(dtype)
         tokens = rng.integers(70, size=shape[:-1])
         vectors = rng.standard_normal((70, 70)).astype(dtype)
@@ -45,6 +46,15 @@ def test_every_way_of_running(kind, dtype, count, rng, threads):
             vectors *= 2
         state = layer(x)[1]
         same(run(x, state), layer(x, state))
+    found = {apart for packed in run._copy._packed.values() for _, apart in packed}
+    assert found == ({False, True} if count > 1 else {False})
+
+
+@each_kind
+def test_batch_first_and_dropout(kind, rng):
+    layer = kind(3, 5, 3, batch_first=True, dropout=0.5, seed=0)
+    x = rng.standard_normal((4, 2, 3)).astype("f4")
+    same(layer.freeze()(x), layer(x))
 
 
 @each_kind
@@ -58,18 +68,19 @@ def test_weights_stay_until_refresh(kind, rng):
     # Also for a way of running that did not occur before.
     same(run(x), before)
     run.refresh()
-    same(run(x), layer(x))
+    after = run(x)
+    same(after, layer(x))
     assert (layer(x)[0] != before[0]).any()
     layer.params["weight_hh_l0"] = np.zeros(3)
     with pytest.raises(ValueError, match="weight_hh_l0"):
         run.refresh()
-    same(run(x), run(x))
+    same(run(x), after)
 
 
 def test_weights_are_packed_once(rng, monkeypatch):
     calls = []
-    pack = single.pack_transposed
-    monkeypatch.setattr(single, "pack_transposed", lambda *a, **k: calls.append(a) or pack(*a, **k))
+    real = pack.pack_transposed
+    monkeypatch.setattr(pack, "pack_transposed", lambda *a, **k: calls.append(a) or real(*a, **k))
     run = fastrnn.GRU(3, 5, 2, seed=0).freeze()
     x = rng.standard_normal((4, 2, 3)).astype("f4")
     first = run(x)
@@ -78,15 +89,22 @@ def test_weights_are_packed_once(rng, monkeypatch):
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.copy, copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))]
-)
+def through_a_file(run):
+    other = pickle.loads(pickle.dumps(run))
+    # Another machine may pack in another way.
+    assert run._copy._packed
+    assert other._copy._packed == {}
+    return other
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, through_a_file])
 def test_copies(copied, rng):
     layer = fastrnn.LSTM(3, 5, seed=0)
     x = rng.standard_normal((4, 2, 3)).astype("f4")
     run = layer.freeze()
     wanted = run(x)
     same(copied(run)(x), wanted)
+    assert repr(run) == "Frozen(LSTM(3, 5, num_layers=1, dtype=float32))"
 
 
 def test_bad_input_is_named():
@@ -96,17 +114,24 @@ def test_bad_input_is_named():
 
 
 def test_threads_share_it(rng):
-    run = fastrnn.GRU(30, 50, seed=0).freeze()
-    xs = [rng.standard_normal((20, b, 30)).astype("f4") for b in (1, 2, 3, 4)]
-    found = [None] * 4
+    layer = fastrnn.GRU(30, 50, 2, seed=0)
+    x = rng.standard_normal((20, 2, 30)).astype("f4")
+    wanted = layer(x)
+    for _ in range(20):
+        run = layer.freeze()
+        together = threading.Barrier(4)
+        found = []
 
-    def work(i):
-        found[i] = run(xs[i])
+        def work(run=run, together=together, found=found):
+            together.wait()
+            found.append(run(x))
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    for result, x in zip(found, xs, strict=True):
-        same(result, run(x))
+        workers = [threading.Thread(target=work) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert len(found) == 4
+        for result in (*found, run(x)):
+            assert np.isfinite(result[0]).all()
+            same(result, wanted)

@@ -31,13 +31,13 @@ def _multiply(
 @kernel
 def _accumulate(
     rows, rows_h, d, d_at, d_row, size, runs, order, first, end,
-    x, m_x, out_x, sums_x, h, m_h, out_h, sums_h, panel, strips,
+    x, m_x, out_x, sums_x, h, h_row, m_h, out_h, sums_h, panel, strips,
 ):  # fmt: skip
     gemm.accumulate(
         rows.size, at(rows, 0), at(rows_h, 0),
         at(d, d_at), d_row, size, runs, at(order, 0), first, end,
         at(x, 0), m_x, at(out_x, 0), at(sums_x, 0),
-        at(h, 0), m_h, at(out_h, 0), at(sums_h, 0), at(panel, 0), at(strips, 0),
+        at(h, 0), h_row, m_h, at(out_h, 0), at(sums_h, 0), at(panel, 0), at(strips, 0),
     )  # fmt: skip
 
 
@@ -274,29 +274,34 @@ def check_accumulate(dtype, T, B, size, m_x, m_h, rng, order=((0,), (0,)), gap=0
     panel[-w:] = strips[-w:] = CANARY
     rows = rng.permutation(T * B), rng.permutation(T * B)
     sides = []
-    for gates, m in zip(order, (m_x, m_h), strict=True):
+    # Rows of the second may have something between them.
+    for gates, m, row in ((order[0], m_x, m_x), (order[1], m_h, m_h + gap)):
         count = (max(gates) + 1) * size
-        x = np.full((T * B * m + w), np.nan, dtype)
-        x[: T * B * m] = numbers(rng, dtype, T * B * m)
+        x = np.full((T * B * row + w), np.nan, dtype)
+        x[: T * B * row].reshape(T * B, row)[:, :m] = numbers(rng, dtype, T * B, m)
         out, sums = np.full(count * m + 2 * w, CANARY, dtype), np.full(count + 2 * w, CANARY, dtype)
         out[w:-w], sums[w:-w] = numbers(rng, dtype, count * m), numbers(rng, dtype, count)
-        sides.append((x, m, out, sums, out[w:-w].reshape(count, m).copy(), sums[w:-w].copy()))
+        sides.append((x, row, m, out, sums, out[w:-w].reshape(count, m).copy(), sums[w:-w].copy()))
     for part in range(parts):
         _accumulate(
             *rows, memory, d_at, d_row, size, runs, np.array(order).reshape(-1),
             runs * blocks * part // parts, runs * blocks * (part + 1) // parts,
-            *(a for x, m, out, sums, *_ in sides for a in (x, m, out[w:-w], sums[w:-w])),
+            *(
+                a
+                for i, (x, row, m, out, sums, *_) in enumerate(sides)
+                for a in (x, *((row, m) if i else (m,)), out[w:-w], sums[w:-w])
+            ),
             panel, strips,
         )  # fmt: skip
     for array in (panel, strips):
         assert (array[-w:] == CANARY).all()
     d = d.reshape(T * B, runs, run)[rows[0]]
     for gates, side, found in zip(order, sides, rows, strict=True):
-        x, m, out, sums, want, want_sums = side
+        x, row, m, out, sums, want, want_sums = side
         for array in (out, sums):
             assert (array[:w] == CANARY).all()
             assert (array[-w:] == CANARY).all()
-        x = x[: T * B * m].reshape(T * B, m)[found]
+        x = x[: T * B * row].reshape(T * B, row)[found, :m]
         for run_number, gate in enumerate(gates):
             if gate < 0:
                 continue

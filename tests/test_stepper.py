@@ -66,6 +66,15 @@ def test_threads_do_not_matter(kind, rng, threads):
 
 
 @each_layer
+def test_a_copy_from_another_kind_of_cpu_is_refused(kind):
+    stepper = kind(3, 17, seed=0).stepper()
+    state = stepper.__getstate__()
+    state["_lanes"] *= 2
+    with pytest.raises(ValueError, match=r"stepper: expected one from a CPU with .* make it again"):
+        stepper.__class__.__new__(stepper.__class__).__setstate__(state)
+
+
+@each_layer
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 def test_a_copy_goes_its_own_way(kind, copied, rng):
     layer = kind(3, 17, seed=0)

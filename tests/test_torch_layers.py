@@ -11,7 +11,6 @@ from helpers import (
     as_state,
     compare,
     computed,
-    each_cell,
     each_dtype,
     make_problem,
     new_layer,
@@ -23,6 +22,8 @@ from fastrnn import loss, optim
 
 torch = pytest.importorskip("torch")
 
+# Those that PyTorch has.
+each_cell = pytest.mark.parametrize("cell", ["gru", "lstm", "rnn_relu", "rnn_tanh"])
 SHAPES = [(1, 1, 1, 1), (7, 3, 4, 5), (3, 8, 17, 16), (12, 1, 5, 33), (2, 13, 3, 64)]
 
 

@@ -26,7 +26,8 @@ class Contestant(NamedTuple):
     """One of NAMES, and how it runs if not as the others do: fastrnn:1, torch:busy.
 
     option  a number of threads; a dtype; busy: beside another process that keeps one processor
-            busy; or, of fastrnn, one of CPUS: no other instructions are used
+            busy; or, of fastrnn, one of CPUS: no other instructions are used; or "call": inference
+            by the layer, with weights that may change between calls
     """
 
     name: str
@@ -47,6 +48,10 @@ class Contestant(NamedTuple):
     def busy(self) -> bool:
         return self.option == "busy"
 
+    def does(self, mode: str) -> str:
+        """The function of its module for a mode."""
+        return "calling" if (self.option, mode) == ("call", "inference") else mode
+
     @property
     def environment(self) -> dict[str, str]:
         if self.option not in CPUS:
@@ -60,7 +65,7 @@ def contestant(text: str) -> Contestant:
     name, _, option = text.partition(":")
     if name not in NAMES:
         raise ValueError(f"contestant: expected one of {', '.join(NAMES)}, got {name!r}")
-    options = (*DTYPES, "busy", *(CPUS if name == "fastrnn" else ()))
+    options = (*DTYPES, "busy", *((*CPUS, "call") if name == "fastrnn" else ()))
     threads = option.isdecimal() and int(option) > 0
     if option and not threads and option not in options:
         raise ValueError(

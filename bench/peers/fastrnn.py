@@ -44,6 +44,12 @@ def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
     return lambda: run(given.x)[0], lambda y: {"y": y}
 
 
+def calling(case: Case, cell: str, dtype: str, threads: int) -> Any:
+    """The same with weights that may change between calls."""
+    layer, given = _layer(case, cell, dtype, threads)
+    return lambda: layer(given.x)[0], lambda y: {"y": y}
+
+
 def stepping(case: Case, cell: str, dtype: str, threads: int) -> Any:
     """A stepper, which writes into an array that is there."""
     layer, given = _layer(case, cell, dtype, threads)

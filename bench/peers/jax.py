@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -86,9 +87,9 @@ def training(case: Case, cell: str, dtype: str, threads: int) -> Any:
 
 
 def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
-    """forward."""
+    """forward, compiled with its weights."""
     jax = _set_up(threads, dtype)
     given = problem(case, cell, dtype)
-    compiled = jax.jit(_forward(jax, case, cell))
-    arguments = jax.device_put(given[:2])
-    return lambda: jax.block_until_ready(compiled(*arguments)), lambda y: {"y": y}
+    compiled = jax.jit(functools.partial(_forward(jax, case, cell), given.params))
+    x = jax.device_put(given.x)
+    return lambda: jax.block_until_ready(compiled(x)), lambda y: {"y": y}

@@ -11,6 +11,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from bench.cases import GATES, Case
 from bench.problem import Answer, Problem, problem
@@ -86,8 +87,9 @@ def training(case: Case, cell: str, dtype: str, threads: int) -> Any:
 
 
 def inference(case: Case, cell: str, dtype: str, threads: int) -> Any:
-    """forward."""
+    """forward, its weights constants of the graph."""
     layer, given = _layer(case, cell, dtype, threads)
     x = tf.constant(_by_time(given.x))
-    compiled = tf.function(lambda x: layer(x, training=False))
-    return lambda: compiled(x).numpy(), lambda y: {"y": y.swapaxes(0, 1)}
+    compiled = tf.function(lambda x: layer(x, training=False)).get_concrete_function(x)
+    frozen = convert_variables_to_constants_v2(compiled)
+    return lambda: frozen(x)[0].numpy(), lambda y: {"y": y.swapaxes(0, 1)}

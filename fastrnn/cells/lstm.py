@@ -22,9 +22,13 @@ from fastrnn.simd import fma, select_greater, zero
 from fastrnn.vmath import sigmoid, tanh
 
 
-@functools.cache
 def lstm(*, peephole: bool = False, coupled: bool = False, clip: bool = False) -> Cell:
-    """The cell of these options."""
+    """The cell of these options, the same one every time."""
+    return _lstm(peephole, coupled, clip)
+
+
+@functools.cache
+def _lstm(peephole: bool, coupled: bool, clip: bool) -> Cell:
     # Known when a function is compiled: what is not asked for leaves no trace.
     count = 3 if coupled else 4
     peepholes = count - 1 if peephole else 0
