@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastrnn
-from fastrnn import gemm, single
+from fastrnn import single
 from fastrnn.cells import CELLS
 from fastrnn.layout import even, of_lengths
 
@@ -314,12 +314,10 @@ def test_even_is_the_plain_order():
 def test_threads_in_different_chunks_share_no_memory(cell, tokens, monkeypatch):
     # Without a tape, rows are used again; the thread with the short sequences runs ahead.
     monkeypatch.setattr(single, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(gemm, "HEIGHT", 1)
-    lengths = (60, 50, 3, 2, 41, 1)
-    problem = make_problem(cell, 60, 6, 5, 70, tokens=tokens, dtype=np.float32)
+    lengths = (400, 350, 90, 80, 300, 60)
+    problem = make_problem(cell, 400, 6, 5, 70, tokens=tokens, dtype=np.float32)
     want = run(problem, lengths)
-    for count in (2, 3):
-        with threads(count):
-            for _ in range(20):
-                got = run(problem, lengths, keep=False)
-                same_results(got, {key: want[key] for key in got})
+    with threads(2):
+        for _ in range(10):
+            got = run(problem, lengths, keep=False)
+            same_results(got, {key: want[key] for key in got})
