@@ -41,7 +41,7 @@ from fastrnn.module import Module, Params, new_grads
 from fastrnn.parallel import get_num_threads
 from fastrnn.simd import padded
 from fastrnn.single import Sums, Weights
-from fastrnn.stack import Made, Parts, backward_layer, forward_layer
+from fastrnn.stack import Made, Parts, Rows, backward_layer, forward_layer, rows_for
 from fastrnn.stepper import Stepper
 
 State = Any  # h (layers, B, H), or for the LSTM (h, c)
@@ -268,7 +268,7 @@ class _Recurrent(Module):
         steps, batch = x.shape[:2]
         pieces = self._pieces(lengths, resets, steps, batch, unbatched, every)
         rows = x.reshape(steps * batch, *x.shape[2:])
-        xs = [piece.gather(rows) for piece in pieces]
+        xs = Rows([piece.gather(rows) for piece in pieces], None)
         states = self._initial(state, batch, unbatched)
         seed = as_seed(seed)
         if keep and self.dropout and self.num_layers > 1 and seed is None:
@@ -278,10 +278,10 @@ class _Recurrent(Module):
         finals: list[Parts] = []
         for layer in range(self.num_layers):
             if layer and keep and self.dropout:
-                xs = [
-                    dropout(x, self.dropout, seeds[layer], empty(x.shape, self.dtype), piece)
-                    for x, piece in zip(xs, pieces, strict=True)
-                ]
+                dropped = rows_for(pieces, self.output_size, self.dtype)
+                for x, y, piece in zip(xs.parts, dropped.parts, pieces, strict=True):
+                    dropout(x, self.dropout, seeds[layer], y, piece)
+                xs = dropped
             xs, last, made = forward_layer(
                 self.cell,
                 self._weights(layer, self.params),
@@ -412,17 +412,17 @@ class _Recurrent(Module):
         batch = pieces[0].batch
         d_states = self._initial(d_state, batch, saved.unbatched, name="d_state")
         if d_output is None:
-            d_ys = [np.zeros((1, self.output_size), self.dtype)] * len(pieces)
+            d_ys = Rows([np.zeros((1, self.output_size), self.dtype)] * len(pieces), None)
         else:
             d_y = self._gradient_in(d_output, steps, batch, saved.unbatched)
             d_y = d_y.reshape(steps * batch, self.output_size)
-            d_ys = [piece.gather(d_y) for piece in pieces]
+            d_ys = Rows([piece.gather(d_y) for piece in pieces], None)
         layers = saved.take(retain)
         d_initial = [np.empty_like(s) for s in d_states]
         d_first: np.ndarray | None = None
         for layer in reversed(range(self.num_layers)):
             made, table = layers.pop(), None if layer else saved.table
-            tokens = made.xs[0].dtype == np.int32
+            tokens = made.xs.parts[0].dtype == np.int32
             weights, out = self._weights(layer, self.params), self._weights(layer, grads)
             sums = [
                 Sums(self.cell, of, into, tokens=tokens, table=table)
@@ -438,7 +438,7 @@ class _Recurrent(Module):
                 d_ys,
                 self._states(layer, d_states),
                 merge=self.merge,
-                want_d_x=need_d_x or layer > 0,
+                want_d_x=layer > 0 or (need_d_x and not tokens),
             )
             for side in sums:
                 found = side.close(need_d_x)
@@ -447,7 +447,7 @@ class _Recurrent(Module):
                 for total, part in zip(totals, parts, strict=True):
                     total[...] = part
             if layer and self.dropout:
-                for d_x, piece in zip(d_ys, pieces, strict=True):
+                for d_x, piece in zip(d_ys.parts, pieces, strict=True):
                     dropout(d_x, self.dropout, saved.seeds[layer], d_x, piece)
         if need_d_x and not tokens:
             d_x = _outside(pieces, d_ys, steps).reshape(steps, batch, self.input_size)
@@ -563,13 +563,14 @@ class _Recurrent(Module):
         return parts[0] if len(parts) == 1 else tuple(parts)
 
 
-def _outside(pieces: list[Layout], rows: list[np.ndarray], steps: int) -> np.ndarray:
+def _outside(pieces: list[Layout], rows: Rows, steps: int) -> np.ndarray:
     """The rows of all pieces where the caller has them, (T*B, ...); zeros where no step is."""
     total, count = steps * pieces[0].batch, sum(piece.count for piece in pieces)
-    if count == total and len(pieces) == 1 and pieces[0].plain:
-        return rows[0]
-    array = (empty if count == total else zeros)((total, rows[0].shape[1]), rows[0].dtype)
-    for piece, values in zip(pieces, rows, strict=True):
+    if count == total and rows.whole is not None:
+        return rows.whole
+    one = rows.parts[0]
+    array = (empty if count == total else zeros)((total, one.shape[1]), one.dtype)
+    for piece, values in zip(pieces, rows.parts, strict=True):
         piece.scatter(values, array)
     return array
 

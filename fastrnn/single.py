@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -108,12 +109,14 @@ def forward(
     xs: list[np.ndarray],
     table: np.ndarray | None,
     states: list[list[np.ndarray]],
+    hs: Sequence[np.ndarray | None],
     *,
     keep: bool,
 ) -> list[Kept]:
     """Each direction's run over its x (N, I) from its state, (B, H) for each part of it.
 
     table  (V, I): x are tokens that stand for its rows
+    hs     memory for h, if there is any
     """
     size, dtype = weights[0].h.shape[1], weights[0].h.dtype
     hidden = padded(size, dtype)
@@ -124,14 +127,15 @@ def forward(
     meet, parts = _sharing(cell, layouts, weights[0], work)
     row = cell.tape * hidden
     done, calls = [], []
-    for of, layout, x, state in zip(weights, layouts, xs, states, strict=True):
+    for of, layout, x, state, h in zip(weights, layouts, xs, states, hs, strict=True):
         columns, count = layout.columns, layout.count
         rows, width = columns, row // meet
         if meet == 1:
             rows = -(-columns // -(-parts // len(weights)))
         chunk = max(_CHUNK_BYTES // (rows * width * dtype.itemsize), gemm.HEIGHT // rows)
         chunk = max(1, min(layout.steps, chunk))
-        h = empty((columns + count, size), dtype)
+        if h is None:
+            h = empty((columns + count, size), dtype)
         h[:columns] = 0
         h[layout.first] = layout.heard(state[0])
         carry = empty((columns + count if keep else columns, cell.carries * hidden), dtype)
@@ -150,17 +154,13 @@ def forward(
 def backward(
     cell: Cell,
     weights: list[Weights],
-    sums: list[Sums],
     kept: list[Kept],
     d_ys: list[np.ndarray],
     d_last: list[list[np.ndarray]],
-    *,
-    want_d_x: bool,
-) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """Each direction's d_x (N, I), empty for tokens, and the gradient of its initial state.
+) -> list[list[np.ndarray]]:
+    """Turns each direction's tape into gradients; returns those of its initial state.
 
     d_ys  (N, H), or (1, H) for all steps alike
-    sums  are added to
     """
     size, dtype = weights[0].h.shape[1], weights[0].h.dtype
     hidden = padded(size, dtype)
@@ -185,13 +185,12 @@ def backward(
         calls.append((*call, side.h, side.carry, side.tape, d_h, d_carry, d_m))
         states.append((d_h, d_carry))
     _run(recurrence.backward_slice, meet, parts, calls)
-    d_xs, firsts = [], []
-    for total, side, (d_h, d_carry) in zip(sums, kept, states, strict=True):
-        d_xs.append(total.add(side, want_d_x))
+    firsts = []
+    for side, (d_h, d_carry) in zip(kept, states, strict=True):
         first = side.layout.first
         carries = [d_carry[first, i * hidden : i * hidden + size] for i in range(cell.carries)]
         firsts.append([side.layout.heard(part) for part in (d_h[first, :size], *carries)])
-    return d_xs, firsts
+    return firsts
 
 
 def _in_registers(rows: np.ndarray, hidden: int) -> np.ndarray:
@@ -239,14 +238,16 @@ class Sums:
         gates = array.reshape(self.cell.gates, -1, *array.shape[1:])
         return gates[list(self.cell.order_x)]
 
-    def add(self, kept: Kept, want_d_x: bool) -> np.ndarray:
-        """Those of a piece, from the gradients of its gates; returns d_x (N, I), or (0, I)."""
+    def add(self, kept: Kept, d_x: np.ndarray | None) -> None:
+        """Those of a piece, from the gradients of its gates; fills d_x (N, I)."""
         cell, of, layout, dtype = self.cell, self.of, kept.layout, kept.h.dtype
         size, inputs, count = of.h.shape[1], of.x.shape[1], layout.count
-        need = want_d_x and not self.tokens
-        d_x = empty((count if need else 0, inputs), dtype)
         nothing = np.zeros(max(inputs, self.hidden), dtype)
-        packed = pack(of.x, cell.order_x, self.hidden) if need else nothing
+        packed = nothing
+        if d_x is None:
+            d_x = np.empty((0, inputs), dtype)
+        else:
+            packed = pack(of.x, cell.order_x, self.hidden)
         blocks = self.hidden // lanes(dtype)
         run(
             recurrence.gradients,
@@ -282,7 +283,6 @@ class Sums:
                 *states,
                 self.d_v,
             )
-        return d_x
 
     def close(self, want_d_table: bool) -> np.ndarray | None:
         """Put the sums where they belong; returns the gradient of the table, if there is one."""

@@ -6,7 +6,9 @@ states between them are kept, and backward runs each piece again before it goes 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +20,31 @@ from fastrnn.single import Kept, Sums, Weights, backward, forward
 Parts = list[np.ndarray]  # of a state, (B, H) each
 
 
+class Rows(NamedTuple):
+    """Rows of all pieces; `whole`: of all together, if they follow one another in memory."""
+
+    parts: list[np.ndarray]
+    whole: np.ndarray | None
+
+
+def rows_for(pieces: list[Layout], width: int, dtype: Any, *, states: bool = False) -> Rows:
+    """Memory; with `states` a row more for each column in front of those of a piece.
+
+    Where pieces follow one another these are the last rows of the piece before, as they should be.
+    """
+    ends = list(itertools.accumulate(piece.count for piece in pieces))
+    starts = [0, *ends[:-1]]
+    places = zip(pieces, starts, strict=True)
+    if all(p.plain and p.begin == start and p.columns == p.batch for p, start in places):
+        before = pieces[0].batch if states else 0
+        whole = empty((before + ends[-1], width), dtype)
+        bounds = zip(starts, ends, strict=True)
+        return Rows([whole[start : before + end] for start, end in bounds], whole[before:])
+    extra = [p.columns if states else 0 for p in pieces]
+    counts = zip(extra, pieces, strict=True)
+    return Rows([empty((more + piece.count, width), dtype) for more, piece in counts], None)
+
+
 @dataclass
 class Made:
     """What a layer keeps for backward.
@@ -27,7 +54,7 @@ class Made:
     kept   of the one piece, of each side; None if there are more
     """
 
-    xs: list[np.ndarray]
+    xs: Rows
     begun: list[list[Parts]]
     kept: list[Kept] | None
 
@@ -53,26 +80,30 @@ def _layouts(pieces: list[Layout], at: list[int]) -> list[Layout]:
     return [pieces[p].turned if side else pieces[p] for side, p in enumerate(at)]
 
 
-def _inputs(pieces: list[Layout], xs: list[np.ndarray], at: list[int]) -> list[np.ndarray]:
-    return [xs[p][pieces[p].flip] if side else xs[p] for side, p in enumerate(at)]
+def _inputs(pieces: list[Layout], xs: Rows, at: list[int]) -> list[np.ndarray]:
+    return [xs.parts[p][pieces[p].flip] if side else xs.parts[p] for side, p in enumerate(at)]
 
 
 def forward_layer(
     cell: Cell,
     weights: list[Weights],
     pieces: list[Layout],
-    xs: list[np.ndarray],
+    xs: Rows,
     table: np.ndarray | None,
     states: list[Parts],
     *,
     merge: str,
     keep: bool,
-) -> tuple[list[np.ndarray], list[Parts], Made]:
+) -> tuple[Rows, list[Parts], Made]:
     """(output of each piece, final states of each side, what backward needs)."""
     sides, whole = len(weights), len(pieces) == 1
     outputs: list[list[np.ndarray]] = [[] for _ in range(sides)]
+    size, dtype = weights[0].h.shape[1], weights[0].h.dtype
     begun: list[list[Parts]] = []
     kept = None
+    one = Rows([], None)
+    if sides == 1:
+        one = rows_for(pieces, size, dtype, states=True)
     if not whole:
         weights = _packed_once(weights)
         # The caller may go on with the arrays.
@@ -82,17 +113,21 @@ def forward_layer(
             begun.append(states)
         inputs = _inputs(pieces, xs, at)
         layouts = _layouts(pieces, at)
-        done = forward(cell, weights, layouts, inputs, table, states, keep=keep and whole)
+        hs = [one.parts[at[0]]] if sides == 1 else [None] * sides
+        done = forward(cell, weights, layouts, inputs, table, states, hs, keep=keep and whole)
         states = [side.final(cell.carries) for side in done]
         for output, side in zip(outputs, done, strict=True):
             output.append(side.output)
         if keep and whole:
             kept = done
     if sides == 1:
-        ys = outputs[0]
+        ys = Rows(outputs[0], one.whole)
     else:
-        both = zip(pieces, outputs[0], reversed(outputs[1]), strict=True)
-        ys = [_join(one, other[piece.flip], merge) for piece, one, other in both]
+        ys = rows_for(pieces, 2 * size if merge == "concat" else size, dtype)
+        for piece, first, second, y in zip(
+            pieces, outputs[0], reversed(outputs[1]), ys.parts, strict=True
+        ):
+            _join(first, second[piece.flip], merge, y)
     return ys, states, Made(xs, begun, kept)
 
 
@@ -101,19 +136,16 @@ def _packed_once(weights: list[Weights]) -> list[Weights]:
     return [of if of.packed is not None else of._replace(packed={}) for of in weights]
 
 
-def _join(one: np.ndarray, other: np.ndarray, merge: str) -> np.ndarray:
+def _join(one: np.ndarray, other: np.ndarray, merge: str, y: np.ndarray) -> None:
     """Both directions' outputs (N, H), in the order of the first."""
-    count, size = one.shape
+    size = one.shape[1]
     if merge == "concat":
-        y = empty((count, 2 * size), one.dtype)
         y[:, :size] = one
         y[:, size:] = other
-        return y
-    y = empty((count, size), one.dtype)
-    np.add(one, other, out=y)
+    else:
+        np.add(one, other, out=y)
     if merge == "mean":
         y *= one.dtype.type(0.5)
-    return y
 
 
 def _part_of(d_y: np.ndarray, layout: Layout, side: int, sides: int, merge: str) -> np.ndarray:
@@ -138,32 +170,43 @@ def backward_layer(
     pieces: list[Layout],
     made: Made,
     table: np.ndarray | None,
-    d_ys: list[np.ndarray],
+    d_ys: Rows,
     d_states: list[Parts],
     *,
     merge: str,
     want_d_x: bool,
-) -> tuple[list[np.ndarray], list[Parts]]:
-    """(d_x of each piece, empty for tokens; gradients of the initial states of each side).
+) -> tuple[Rows, list[Parts]]:
+    """(d_x of each piece, none if it is not wanted; gradients of the initial states of each side).
 
     d_ys  of each piece, (N, H) or (1, H) for all steps alike
     """
     sides = len(weights)
     if made.kept is None:
         weights = _packed_once(weights)
-    d_xs: list[np.ndarray | None] = [None] * len(pieces)
+    d_xs = Rows([], None)
+    if want_d_x:
+        d_xs = rows_for(pieces, weights[0].x.shape[1], weights[0].x.dtype)
+    fresh = [True] * len(pieces)
     turns = _turns(pieces, sides)
     for turn in reversed(range(len(turns))):
         at = turns[turn]
         kept = made.kept
         if kept is None:
             inputs, layouts = _inputs(pieces, made.xs, at), _layouts(pieces, at)
-            kept = forward(cell, weights, layouts, inputs, table, made.begun[turn], keep=True)
-        parts = [_part_of(d_ys[p], pieces[p], side, sides, merge) for side, p in enumerate(at)]
-        found, d_states = backward(cell, weights, sums, kept, parts, d_states, want_d_x=want_d_x)
-        for side, (p, d_x) in enumerate(zip(at, found, strict=True)):
-            if side and len(d_x):
-                d_x = d_x[pieces[p].flip]
-            before = d_xs[p]
-            d_xs[p] = d_x if before is None else np.add(before, d_x, out=before)
-    return [d_x for d_x in d_xs if d_x is not None], d_states
+            begun, nowhere = made.begun[turn], [None] * sides
+            kept = forward(cell, weights, layouts, inputs, table, begun, nowhere, keep=True)
+        parts = [
+            _part_of(d_ys.parts[p], pieces[p], side, sides, merge) for side, p in enumerate(at)
+        ]
+        d_states = backward(cell, weights, kept, parts, d_states)
+        for side, (p, total) in enumerate(zip(at, sums, strict=True)):
+            d_x = d_xs.parts[p] if want_d_x else None
+            if d_x is None or (fresh[p] and not side):
+                total.add(kept[side], d_x)
+            else:
+                own = empty(d_x.shape, d_x.dtype)
+                total.add(kept[side], own)
+                own = own[pieces[p].flip] if side else own
+                d_x[...] = own if fresh[p] else d_x + own
+            fresh[p] = False
+    return d_xs, d_states
