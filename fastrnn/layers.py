@@ -11,13 +11,12 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fastrnn import gemm
+from fastrnn.budget import Work, step_numbers
 from fastrnn.cells import CELLS, Cell, lstm
 from fastrnn.checks import (
     as_array,
@@ -39,7 +38,6 @@ from fastrnn.layout import Layout, cut, even
 from fastrnn.memory import empty, zeros
 from fastrnn.module import Module, Params, new_grads
 from fastrnn.parallel import get_num_threads
-from fastrnn.simd import padded
 from fastrnn.single import Sums, Weights
 from fastrnn.stack import Made, Parts, Rows, backward_layer, forward_layer, rows_for
 from fastrnn.stepper import Stepper
@@ -278,10 +276,7 @@ class _Recurrent(Module):
         finals: list[Parts] = []
         for layer in range(self.num_layers):
             if layer and keep and self.dropout:
-                dropped = rows_for(pieces, self.output_size, self.dtype)
-                for x, y, piece in zip(xs.parts, dropped.parts, pieces, strict=True):
-                    dropout(x, self.dropout, seeds[layer], y, piece)
-                xs = dropped
+                xs = self._dropped(xs, pieces, seeds[layer])
             xs, last, made = forward_layer(
                 self.cell,
                 self._weights(layer, self.params),
@@ -304,6 +299,13 @@ class _Recurrent(Module):
         # Backward reads the same memory.
         output.flags.writeable = not keep
         return output, self._state_out(final, unbatched), result
+
+    def _dropped(self, xs: Rows, pieces: list[Layout], seed: int) -> Rows:
+        """What dropout lets through."""
+        dropped = rows_for(pieces, self.output_size, self.dtype)
+        for x, y, piece in zip(xs.parts, dropped.parts, pieces, strict=True):
+            dropout(x, self.dropout, seed, y, piece)
+        return dropped
 
     def _pieces(
         self,
@@ -341,41 +343,33 @@ class _Recurrent(Module):
             resets = time_major("resets", as_flags("resets", resets))
         return cut(steps, counts, resets, every)
 
-    def training_bytes(self, steps: int, batch: int) -> int:
+    def training_bytes(self, steps: int, batch: int, *, checkpoint_every: int | None = None) -> int:
         """Bytes that `forward` and `backward` take at most, for features of (steps, batch, I).
 
         To a few per cent where there are many steps: arrays of the size of a state are not counted.
 
-        Beside x, d_output and `params`: what the layers save (see `Saved.nbytes`) and the dropped
-        out copies between them; the gradients of all parameters; and, kept from step to step, the
-        packed weights, d_x and the gradient from the layer above, of one layer at a time, and some
-        pieces for each thread.
+        Beside x, d_output and `params`: what the layers save (see `Saved.nbytes`), what goes from
+        one to the next, the gradients of all parameters, packed weights, and what the process
+        keeps for the next step.
         """
         steps, batch = as_size("steps", steps), as_size("batch", batch)
-        cell, size, layers = self.cell, self.hidden_size, self.num_layers
-        hidden = padded(size, self.dtype)
-        rows, count = cell.gates * hidden, steps * batch
-        saved = batch * (steps * cell.tape * hidden + (steps + 1) * (size + cell.carries * hidden))
-        dropped = count * size * (layers - 1) if self.dropout else 0
-        # Of arrays of one size as many as are in use at the same time.
-        kept: Counter[int] = Counter()
-        pieces = 0
-        for layer in range(layers):
-            inputs = self.input_size if layer == 0 else size
-            kept |= Counter([rows * inputs, rows * size])
-            packed = [rows * padded(n, self.dtype) for n in (inputs, size)]
-            above = [count * size] if layer < layers - 1 else []
-            kept |= Counter([*packed, count * inputs, *above])
-            pieces = max(pieces, gemm.scratch_size(inputs, size, self.dtype))
-        params = sum(value.size for value in self.params.values())
-        numbers = (
-            layers * saved
-            + dropped
-            + params
-            + sum(n * times for n, times in kept.items())
-            + get_num_threads() * pieces
+        every = steps
+        if checkpoint_every is not None:
+            every = min(steps, as_size("checkpoint_every", checkpoint_every))
+        work = Work(
+            self.cell,
+            self.hidden_size,
+            [self.input_size, *[self.output_size] * (self.num_layers - 1)],
+            self.output_size,
+            len(self._ends),
+            self.dropout > 0,
+            sum(value.size for value in self.params.values()),
+            self.dtype,
+            steps,
+            batch,
+            every,
         )
-        return self.dtype.itemsize * numbers
+        return self.dtype.itemsize * step_numbers(work, get_num_threads())
 
     def backward(
         self,

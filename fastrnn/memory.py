@@ -16,7 +16,7 @@ import numpy as np
 
 ALIGNMENT = 64
 # Below this the allocator of NumPy is as good; in all, this much idle memory is kept.
-_SMALLEST = 1 << 17
+SMALLEST = 1 << 17
 _KEPT = 1 << 28
 
 _lock = threading.Lock()
@@ -64,7 +64,7 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     dtype = np.dtype(dtype)
     count = shape if isinstance(shape, int) else math.prod(shape)
     size = count * dtype.itemsize + ALIGNMENT
-    if size < _SMALLEST:
+    if size < SMALLEST:
         raw = np.empty(size, np.uint8)
         return np.ndarray(shape, dtype, raw, _start(raw))
     found = None

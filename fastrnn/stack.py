@@ -120,6 +120,8 @@ def forward_layer(
             output.append(side.output)
         if keep and whole:
             kept = done
+        # Its memory is there for the next turn.
+        del done, inputs
     if sides == 1:
         ys = Rows(outputs[0], one.whole)
     else:
@@ -207,6 +209,10 @@ def backward_layer(
                 own = empty(d_x.shape, d_x.dtype)
                 total.add(kept[side], own)
                 own = own[pieces[p].flip] if side else own
-                d_x[...] = own if fresh[p] else d_x + own
+                if fresh[p]:
+                    d_x[...] = own
+                else:
+                    np.add(d_x, own, out=d_x)
             fresh[p] = False
+        del kept, parts
     return d_xs, d_states

@@ -30,7 +30,7 @@ LEVELS = (
     {"gemm", "layout"},
     {"cells", "dropout", "loss", "optim", "clip", "units"},
     {"pack"},
-    {"recurrence", "module", "stepper", "frozen"},
+    {"recurrence", "module", "stepper", "frozen", "budget"},
     {"single", "dense"},
     {"stack"},
     {"layers"},

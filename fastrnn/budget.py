@@ -1,0 +1,191 @@
+"""What a training step will take: its large arrays, made and given up in the order of the step.
+
+Memory that is given up stays with the process for the next array of its size (`fastrnn.memory`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from fastrnn.cells import Cell
+from fastrnn.gemm import HEIGHT, scratch_size
+from fastrnn.memory import SMALLEST
+from fastrnn.simd import padded
+
+# Numbers of a chunk of the tape where it is not kept, about.
+_CHUNK = 1 << 16
+
+
+class Work(NamedTuple):
+    """A stack of layers and how much it is given.
+
+    widths  of the input of each layer
+    params  numbers in all parameters
+    piece   steps between checkpoints, or all
+    """
+
+    cell: Cell
+    size: int
+    widths: list[int]
+    output: int
+    sides: int
+    dropout: bool
+    params: int
+    dtype: np.dtype
+    steps: int
+    batch: int
+    piece: int
+
+
+class _Memory:
+    """Numbers in use and idle."""
+
+    def __init__(self, itemsize: int) -> None:
+        self.smallest = SMALLEST // itemsize
+        self.used = self.most = 0
+        self.idle: Counter[int] = Counter()
+
+    def take(self, *counts: int) -> list[int]:
+        """Arrays of so many numbers; returns them to be given back."""
+        for count in counts:
+            if self.idle[count] > 0:
+                self.idle[count] -= 1
+            else:
+                self.used += count
+        self.most = max(self.most, self.used)
+        return list(counts)
+
+    def give(self, counts: list[int]) -> None:
+        """Give them up."""
+        for count in counts:
+            if count < self.smallest:
+                self.used -= count
+            else:
+                self.idle[count] += 1
+
+    def make(self, *counts: int) -> list[int]:
+        """Arrays of NumPy's own."""
+        self.used += sum(counts)
+        self.most = max(self.most, self.used)
+        return list(counts)
+
+    def free(self, counts: list[int]) -> None:
+        """The opposite."""
+        self.used -= sum(counts)
+
+
+class _Step:
+    """A training step."""
+
+    def __init__(self, work: Work, threads: int) -> None:
+        self.work, self.threads = work, threads
+        self.cell, self.sides = work.cell, work.sides
+        self.hidden = padded(work.size, work.dtype)
+        self.row = self.cell.tape * self.hidden
+        self.memory = _Memory(np.dtype(work.dtype).itemsize)
+        self.count = work.steps * work.batch
+        self.pieces = [
+            min(work.piece, work.steps - begin) * work.batch
+            for begin in range(0, work.steps, work.piece)
+        ]
+        self.whole = len(self.pieces) == 1
+
+    def packed(self, width: int) -> list[int]:
+        """Weights for forward."""
+        cell, size = self.cell, self.work.size
+        return [self.hidden * (cell.gates * (width + size) + cell.tape + cell.vectors)] * self.sides
+
+    def states(self, piece: int) -> int:
+        return (piece + self.work.batch) * self.work.size
+
+    def run(self, piece: int) -> list[int]:
+        """Carry and tape of both sides."""
+        carry = (piece + self.work.batch) * self.cell.carries * self.hidden
+        return [n for n in (carry, piece * self.row) if n] * self.sides
+
+    def forward(self, width: int) -> tuple[list[int], list[int]]:
+        """A layer: (what it holds until its backward, its output)."""
+        memory, work, sides = self.memory, self.work, self.sides
+        output = memory.take(self.states(self.count)) if sides == 1 else []
+        packed = memory.take(*self.packed(width))
+        held: list[int] = []
+        own: list[int] = []
+        for piece in self.pieces:
+            turned = memory.make(piece * width) if sides > 1 else []
+            if sides > 1:
+                own += memory.take(*[self.states(piece)] * sides)
+            if self.whole:
+                held += memory.take(*self.run(piece)) + turned
+            else:
+                chunk = min(piece, max(_CHUNK // self.row, HEIGHT)) * self.row
+                memory.give(memory.take(*[chunk] * sides))
+                memory.free(turned)
+                held += memory.take(work.batch * work.size * (1 + self.cell.carries) * sides)
+        memory.give(packed)
+        if sides > 1:
+            output = memory.take(self.count * work.output)
+            # The second side's, in the order of the first.
+            memory.free(memory.make(self.states(self.pieces[0])))
+        if self.whole:
+            held += own
+        else:
+            memory.give(own)
+        return held, output
+
+    def backward(self, width: int) -> list[int]:
+        """A layer: its d_x."""
+        memory, work, sides = self.memory, self.work, self.sides
+        d_x = memory.take(self.count * width)
+        packed = [] if self.whole else memory.take(*self.packed(width))
+        for piece in reversed(self.pieces):
+            again, turned = [], []
+            if not self.whole:
+                again = memory.take(*self.run(piece), *[self.states(piece)] * sides)
+                turned = memory.make(piece * width) if sides > 1 else []
+            turned += memory.make(piece * work.size, piece * work.size) if sides > 1 else []
+            for order in (self.cell.order_h, self.cell.order_late):
+                back = len(order) * self.hidden * padded(work.size, work.dtype)
+                memory.give(memory.take(*[back] * (sides if back else 0)))
+            last = memory.take(self.cell.gates * self.hidden * padded(width, work.dtype))
+            scratch = self.threads * scratch_size(width, work.size, work.dtype)
+            if sides > 1:
+                last += memory.take(piece * width)
+            memory.free(memory.make(scratch))
+            if sides > 1:
+                memory.free(memory.make(piece * width))
+            memory.give(again + last)
+            memory.free(turned)
+        memory.give(packed)
+        return d_x
+
+
+def step_numbers(work: Work, threads: int) -> int:
+    """Numbers that forward and backward take at most, beside x, d_output and the parameters."""
+    step = _Step(work, threads)
+    memory = step.memory
+    layers: list[list[int]] = []
+    below: list[int] = []
+    for layer, width in enumerate(work.widths):
+        if layer and work.dropout:
+            dropped = memory.take(step.count * width)
+            # A whole layer holds its h, another only what the next one reads.
+            if step.whole and step.sides == 1:
+                layers[-1] += below
+            else:
+                memory.give(below)
+            below = dropped
+        held, output = step.forward(width)
+        layers.append(held + below)
+        below = output
+    # What comes out of the last layer is held, too.
+    memory.take(work.params)
+    above: list[int] = []
+    for width in reversed(work.widths):
+        held = layers.pop()
+        d_x = step.backward(width)
+        memory.give(above + held)
+        above = d_x
+    return memory.most
