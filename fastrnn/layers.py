@@ -167,17 +167,17 @@ class _Recurrent(Module):
 
     def _weights(self, layer: int, arrays: Mapping[str, np.ndarray]) -> list[Weights]:
         """Of a layer's directions, from `params` or from gradients like them."""
-        found = []
-        for side, keys in enumerate(self._keys[layer]):
-            packed = None
-            w_x, w_h, b_x, b_h, v = (arrays.get(key) for key in keys)
-            if arrays is self.params:
-                if self._packed is not None:
-                    packed = self._packed.setdefault((layer, side), {})
-                if self._settings:
-                    rows = [np.full((1, self.hidden_size), n, self.dtype) for n in self._settings]
-                    v = np.concatenate(rows if v is None else [v, *rows])
-            found.append(Weights(w_x, w_h, b_x, b_h, v, packed))  # type: ignore[arg-type]
+        found = [Weights(*map(arrays.get, keys)) for keys in self._keys[layer]]  # type: ignore
+        if arrays is self.params:
+            if self._settings:
+                rows = [np.full((1, self.hidden_size), n, self.dtype) for n in self._settings]
+                whole = ([*([] if of.v is None else [of.v]), *rows] for of in found)
+                found = [
+                    of._replace(v=np.concatenate(v)) for of, v in zip(found, whole, strict=True)
+                ]
+            if self._packed is not None:
+                kept = (self._packed.setdefault((layer, side), {}) for side in range(len(found)))
+                found = [of._replace(packed=own) for of, own in zip(found, kept, strict=True)]
         return found
 
     def _states(self, layer: int, states: list[np.ndarray]) -> list[list[np.ndarray]]:
@@ -346,7 +346,8 @@ class _Recurrent(Module):
     def training_bytes(self, steps: int, batch: int, *, checkpoint_every: int | None = None) -> int:
         """Bytes that `forward` and `backward` take at most, for features of (steps, batch, I).
 
-        To a few per cent where there are many steps: arrays of the size of a state are not counted.
+        To a few per cent where there are many steps, with `checkpoint_every` to a tenth: arrays of
+        the size of a state are not counted.
 
         Beside x, d_output and `params`: what the layers save (see `Saved.nbytes`), what goes from
         one to the next, the gradients of all parameters, packed weights, and what the process

@@ -50,15 +50,15 @@ class Layout:
     final: np.ndarray | slice
     last: np.ndarray | slice
 
-    @property
+    @functools.cached_property
     def steps(self) -> int:
         return len(self.starts) - 2
 
-    @property
+    @functools.cached_property
     def columns(self) -> int:
         return len(self.ends) - 1
 
-    @property
+    @functools.cached_property
     def count(self) -> int:
         return len(self.rows)
 

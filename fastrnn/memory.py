@@ -7,6 +7,7 @@ up to a limit, for the next one of its size.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import threading
@@ -55,7 +56,9 @@ class _Block(np.ndarray):
 
 def _start(raw: np.ndarray) -> int:
     """Where in `raw` the first register boundary is."""
-    return -raw.__array_interface__["data"][0] % ALIGNMENT
+    # The quickest way that there is.
+    address = ctypes.addressof(ctypes.c_char.from_buffer(raw))  # type: ignore[arg-type]
+    return -address % ALIGNMENT
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -113,7 +113,10 @@ if hasattr(os, "register_at_fork"):
 
 def run(function: Callable, parts: int, *arguments: Any) -> None:
     """Call `function(part, parts, *arguments)` for every part, and return when all are done."""
-    launch(function, parts, arguments)
+    if parts == 1:
+        function(0, 1, *arguments)
+    else:
+        launch(function, parts, arguments)
 
 
 def run_all(function: Callable, parts: int, calls: list[tuple]) -> None:

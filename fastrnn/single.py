@@ -85,8 +85,9 @@ class Kept:
 
 def _sharing(cell: Cell, layouts: list[Layout], of: Weights, work: int) -> tuple[int, int]:
     """(parts of the units of one direction, parts of the columns of all)."""
-    steps, columns = (max(getattr(a, name) for a in layouts) for name in ("steps", "columns"))
-    total = sum(layout.columns for layout in layouts)
+    # Both directions have as many.
+    steps, columns = layouts[0].steps, layouts[0].columns
+    total = columns * len(layouts)
     meet = parts_of_units(cell, steps, columns, of.h.shape[1], of.h.dtype)
     # Two directions feed two threads without meeting.
     if len(layouts) > 1 and total >= get_num_threads():

@@ -32,6 +32,11 @@ def rows_for(pieces: list[Layout], width: int, dtype: Any, *, states: bool = Fal
 
     Where pieces follow one another these are the last rows of the piece before, as they should be.
     """
+    if len(pieces) == 1:
+        (only,) = pieces
+        before = only.columns if states else 0
+        rows = empty((before + only.count, width), dtype)
+        return Rows([rows], rows[before:] if only.plain else None)
     ends = list(itertools.accumulate(piece.count for piece in pieces))
     starts = [0, *ends[:-1]]
     places = zip(pieces, starts, strict=True)

@@ -1143,24 +1143,50 @@ def test_every_cell_is_a_public_layer():
     assert found == set(CELLS)
 
 
-@each_dtype
-@pytest.mark.parametrize("kind", [fastrnn.RNN, fastrnn.GRU, fastrnn.LSTM])
-@pytest.mark.parametrize(
-    "sizes", [(64, 16, 40, 50, 1), (30, 20, 200, 130, 2), (100, 8, 1, 33, 3)], ids=str
-)
-def test_a_training_step_takes_what_it_says(kind, sizes, dtype):
-    steps, batch, inputs, hidden, num_layers = sizes
-    layer = kind(inputs, hidden, num_layers, dropout=0.5, dtype=dtype, seed=0)
-    x = np.ones((steps, batch, inputs), dtype)
-    d_y = np.ones((steps, batch, hidden), dtype)
+def taken(layer, steps, batch, **options):
+    """Bytes that a second training step takes at most, beside what it is given."""
+    x = np.ones((steps, batch, layer.input_size), layer.dtype)
+    d_y = np.ones((steps, batch, layer.output_size), layer.dtype)
+
+    def step():
+        _output, _, saved = layer.forward(x, **options)
+        layer.backward(saved, d_y)
+
     with threads(1):
-        layer.backward(layer.forward(x)[2], d_y)
+        step()
         gc.collect()
         memory._give_up_idle()
         tracemalloc.start()
         try:
-            layer.backward(layer.forward(x)[2], d_y)
-            most = tracemalloc.get_traced_memory()[1]
+            step()
+            return tracemalloc.get_traced_memory()[1], layer.training_bytes(steps, batch)
         finally:
             tracemalloc.stop()
-        assert most == pytest.approx(layer.training_bytes(steps, batch), rel=0.05)
+
+
+@each_dtype
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("kind", [fastrnn.RNN, fastrnn.GRU, fastrnn.LSTM])
+@pytest.mark.parametrize(
+    "sizes", [(64, 16, 40, 50, 1), (30, 20, 200, 130, 2), (100, 8, 1, 33, 3)], ids=str
+)
+def test_a_training_step_takes_what_it_says(kind, sizes, both, dtype):
+    steps, batch, *shape = sizes
+    layer = kind(*shape, dropout=0.5, bidirectional=both, dtype=dtype, seed=0)
+    most, said = taken(layer, steps, batch)
+    assert most == pytest.approx(said, rel=0.05)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("kind", [fastrnn.GRU, fastrnn.LSTM])
+@pytest.mark.parametrize("sizes", [(128, 32, 64, 128, 1), (300, 16, 1, 96, 3)], ids=str)
+def test_a_step_in_pieces_takes_what_it_says(kind, sizes, both):
+    steps, batch, *shape = sizes
+    layer = kind(*shape, dropout=0.5, bidirectional=both, seed=0)
+    most, whole = taken(layer, steps, batch, checkpoint_every=20)
+    said = layer.training_bytes(steps, batch, checkpoint_every=20)
+    assert most == pytest.approx(said, rel=0.1)
+    assert said < 0.7 * whole
+    assert layer.training_bytes(steps, batch, checkpoint_every=steps) == whole
+    with pytest.raises(ValueError, match="checkpoint_every: expected"):
+        layer.training_bytes(steps, batch, checkpoint_every=0)
