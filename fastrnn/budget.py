@@ -118,7 +118,8 @@ class _Step:
             if sides > 1:
                 own += memory.take(*[self.states(piece)] * sides)
             if self.whole:
-                held += memory.take(*self.run(piece)) + turned
+                # x turned round is NumPy's own and stays until the end, as good as used.
+                held += memory.take(*self.run(piece))
             else:
                 chunk = min(piece, max(_CHUNK // self.row, HEIGHT)) * self.row
                 memory.give(memory.take(*[chunk] * sides))

@@ -19,7 +19,7 @@ from fastrnn.simd import lanes
 
 def _order(shape: tuple[int, ...]) -> np.ndarray:
     """In which order gradients of rows (T, ...) are added up."""
-    return even(math.prod(shape[:1]), math.prod(shape[1:])).rows
+    return even(math.prod(shape[:1]), math.prod(shape[1:]), 0).rows
 
 
 class Linear(Module):

@@ -52,7 +52,7 @@ def dropout(
     """
     rows = y
     if layout is None:
-        layout = even(*x.shape[:2])
+        layout = even(*x.shape[:2], 0)
         x, rows = (array.reshape(-1, array.shape[2]) for array in (x, y))
     limit = np.uint64(int(p * 2**53))
     scale = x.dtype.type(1 / (1 - p))

@@ -69,10 +69,11 @@ class Saved:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: B*(T*tape*Hp + (T+1)*(H + carries*Hp)) numbers a layer; Hp: see recurrence.
+        """Bytes held: B*(T*tape*Hp + (T+1)*(H + carries*Hp)) numbers for each layer and direction.
 
-        With `checkpoint_every`: the states in between. Beside them x is kept by reference, and what
-        each layer gives to the next, if dropout made it or the layers keep no outputs themselves.
+        Hp: see recurrence. T*B is the sum of `lengths` if they are given, and each reset counts as
+        a sequence more. With `checkpoint_every`: the states in between. Beside them what comes into
+        each layer is kept: x itself, or a copy in another order, and what dropout made.
         """
         return sum(made.nbytes for made in self._layers or ())
 
@@ -90,7 +91,10 @@ class Saved:
 
 
 class _Recurrent(Module):
-    """A stack of recurrent layers with PyTorch's names, shapes and parameter keys."""
+    """A stack of recurrent layers with PyTorch's names, shapes and parameter keys.
+
+    merge  what becomes of a bidirectional layer's two outputs: "concat" (PyTorch's), "sum", "mean"
+    """
 
     cell: Cell
     state_names: tuple[str, ...] = ("h",)
@@ -220,22 +224,24 @@ class _Recurrent(Module):
 
         x       (T, B, input_size), or (B, T, input_size) with batch_first; or integers (T, B):
                 tokens below input_size, as if one-hot. Without the B axis: one sequence.
-        state   initial state, (num_layers, B, H), for the LSTM a pair (h, c); zeros by default
+        state   initial state, (num_layers, B, H), for the LSTM a pair (h, c); zeros by default.
+                Of a bidirectional layer (2 * num_layers, B, H), both directions of each layer
         lengths (B,) integers from 0 to T in any order, how many steps of each sequence count; or a
                 boolean mask (T, B), True up to each sequence's end. After its end the output is 0
                 and gradients that come in are ignored; the final state is that at the end, of an
                 empty sequence the initial one. Time follows the sum of the lengths
         resets  (T, B), True where the state is to be zero before the step: where another document
-                or episode begins. Its parts run side by side
+                or episode begins (so what comes back past it in the reverse direction is zero,
+                too). Its parts run side by side. Like a mask (B, T) with batch_first
         vectors (V, input_size): x are tokens below V, and the input is vectors[x], which is never
                 made: V products instead of T*B. The same bits as with vectors[x]; d_x is then the
                 gradient of vectors, which like that of weight_ih is summed up by token first
         seed    of the dropout masks; drawn by the layer if it is not given
-        checkpoint_every   keep the states of every so many steps only, and no tape: backward takes
-                pieces of that length forward again. Less memory (see `training_bytes`), about a
-                third more time, the same bits
-        Returns output (T, B, H), the final state, and what `backward` needs. The output is
-        read-only, x and vectors must not change until then: backward reads them.
+        checkpoint_every   keep what comes into each layer and the states of every so many steps,
+                and no tape: backward takes pieces of that length forward again. Less memory (see
+                `training_bytes`), a fifth to a half more time (docs/decisions/0010), the same bits
+        Returns output (T, B, output_size), the final state, and what `backward` needs. The output
+        is read-only, x and vectors must not change until then: backward reads them.
         """
         every = None
         if checkpoint_every is not None:
@@ -331,7 +337,7 @@ class _Recurrent(Module):
         if every is None:
             every = steps
         if lengths is None and resets is None and every >= steps:
-            return [even(steps, batch)]
+            return [even(steps, batch, 0)]
         counts = np.full(batch, steps)
         if lengths is not None:
             array = as_array("lengths", lengths)
@@ -344,7 +350,7 @@ class _Recurrent(Module):
         return cut(steps, counts, resets, every)
 
     def training_bytes(self, steps: int, batch: int, *, checkpoint_every: int | None = None) -> int:
-        """Bytes that `forward` and `backward` take at most, for features of (steps, batch, I).
+        """Bytes that `forward` and `backward` take, about, for features of (steps, batch, I).
 
         To a few per cent where there are many steps, with `checkpoint_every` to a tenth: arrays of
         the size of a state are not counted.
@@ -458,7 +464,7 @@ class _Recurrent(Module):
         if self.bidirectional:
             raise ValueError(
                 "stepper: expected a layer of one direction, got bidirectional=True, which has to "
-                "see a sequence's end first; call the layer with pieces"
+                "see a sequence's end first; call the layer with whole sequences"
             )
         if batch is not None:
             batch = as_size("batch", batch)
@@ -599,7 +605,7 @@ class GRU(_Recurrent):
 
     reset_after  False: the reset gate acts on h before the product, W_hn (r h), as in version 3 of
                  the paper, Keras with reset_after=False and ONNX by default; another network
-    reset_gate   False: none, r is 1; the weights have the gates z, n
+    reset_gate   False: none, r is 1, wherever it would act; the weights have the gates z, n
     """
 
     def __init__(
@@ -636,7 +642,9 @@ class LSTM(_Recurrent):
     ) -> None:
         self.peephole, self.coupled, self.cell_clip = bool(peephole), bool(coupled), cell_clip
         if cell_clip is not None:
-            self.cell_clip = as_number("cell_clip", cell_clip, 0, math.inf, open_low=True)
+            dtype = np.finfo(as_dtype(kwargs.get("dtype", np.float32)))
+            low, high = float(dtype.tiny), float(dtype.max)
+            self.cell_clip = as_number("cell_clip", cell_clip, low, high)
             self._settings = (self.cell_clip,)
         self.cell = lstm(peephole=self.peephole, coupled=self.coupled, clip=cell_clip is not None)
         super().__init__(*args, **kwargs)

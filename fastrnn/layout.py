@@ -113,8 +113,8 @@ class Layout:
             array[self.source] = rows
 
 
-@functools.lru_cache(maxsize=64)
-def even(steps: int, batch: int, first: int = 0) -> Layout:
+@functools.lru_cache(maxsize=32)
+def even(steps: int, batch: int, first: int) -> Layout:
     """Sequences of one length; of the caller's steps, those from `first` on."""
     return of_lengths(np.full(batch, steps), first=first)
 

@@ -5,12 +5,12 @@ is too small for that, a part is a slice of the units instead, for the whole bat
 meet at each step, with a late product twice. Names and shapes (Hp is H rounded up to whole
 registers, G and R are the cell's `gates` and `tape`):
 
-starts, ends, rows, before   of a `Layout` of N steps of B sequences
+starts, ends, rows, before   of a `Layout` of N steps in C columns
 x      (N, I) floats, or (N,) int32 tokens
-h      (B + N, H)   the initial states, then the output
-carry  (B + N, cell.carries*Hp)   further states; where no tape is kept (B, ...), the latest ones
+h      (C + N, H)   the initial states, then the output
+carry  (C + N, cell.carries*Hp)   further states; where no tape is kept (C, ...), the latest ones
 tape   (N, R*Hp)   the cell's s before its step, then its tape; in backward the gradient of s.
-       Where it is not kept (`chunk` * B, ...), B rows for each step of a chunk
+       Where it is not kept (`chunk` * C, ...), C rows for each step of a chunk
 values, places   the weights, by `pack_layer`
 meeting  see `fastrnn.meeting`; empty for slices of the batch
 """
@@ -266,8 +266,8 @@ def backward_slice(
 
     d_output  (N, H), or (1, H): the same for all
     w_h, w_late   packed by `pack`; zeros (Hp,); v as in `pack_layer`
-    d_h, d_carry  (B, Hp), (B, carries*Hp): gradient of the final state in, of the initial state out
-    d_m       (B, Hp) with a late product: scratch
+    d_h, d_carry  (C, Hp), (C, carries*Hp): gradient of the final state in, of the initial state out
+    d_m       (C, Hp) with a late product: scratch
     """
     if meeting.size > 0:
         parts = gather(meeting, part, parts)

@@ -28,7 +28,7 @@ class Weights(NamedTuple):
 
     x, h, b_x, b_h   as in `params`
     v       the cell's vectors (vectors, H); of gradients (trained, H)
-    packed  what they were packed to, where they do not change any more
+    packed  what they were packed to, where they do not change for now
     """
 
     x: np.ndarray
@@ -36,17 +36,22 @@ class Weights(NamedTuple):
     b_x: np.ndarray | None
     b_h: np.ndarray | None
     v: np.ndarray | None = None
-    packed: dict[tuple, Packed] | None = None
+    packed: dict[tuple, Any] | None = None
 
     def pack(self, cell: Cell, tokens: bool, apart: bool, table: np.ndarray | None) -> Packed:
         """The weights as forward takes them."""
-        lasting = self.packed if table is None else None
-        if lasting is not None and (tokens, apart) in lasting:
-            return lasting[tokens, apart]
-        packed = pack_layer(cell, *self[:5], tokens=tokens, apart=apart, table=table)
-        if lasting is not None:
-            lasting[tokens, apart] = packed
-        return packed
+        kept = {} if self.packed is None else self.packed
+        if (tokens, apart) not in kept:
+            packed = pack_layer(cell, *self[:5], tokens=tokens, apart=apart, table=table)
+            kept[tokens, apart] = packed
+        return kept[tokens, apart]
+
+    def pack_back(self, name: str, order: tuple[int, ...], hidden: int) -> np.ndarray:
+        """The gates `order` of x or h (`name`) as backward takes them."""
+        kept = {} if self.packed is None else self.packed
+        if (name, order) not in kept:
+            kept[name, order] = pack(getattr(self, name), order, hidden, size=self.h.shape[1])
+        return kept[name, order]
 
 
 @dataclass
@@ -178,10 +183,10 @@ def backward(
         none = np.zeros(hidden, dtype)
         late, d_m, v = none, d_h[:0], none
         if cell.order_late:
-            late, d_m = pack(of.h, cell.order_late, hidden, size=size), np.empty_like(d_h)
+            late, d_m = of.pack_back("h", cell.order_late, hidden), np.empty_like(d_h)
         if of.v is not None:
             v = _in_registers(of.v, hidden)
-        packed = pack(of.h, cell.order_h, hidden, size=size)
+        packed = of.pack_back("h", cell.order_h, hidden)
         call: tuple = (cell, layout.starts, layout.ends, d_y, packed, late, none, v)
         calls.append((*call, side.h, side.carry, side.tape, d_h, d_carry, d_m))
         states.append((d_h, d_carry))
@@ -210,7 +215,8 @@ class Sums:
     def __init__(
         self, cell: Cell, of: Weights, out: Weights, *, tokens: bool, table: np.ndarray | None
     ) -> None:
-        self.cell, self.of, self.out = cell, of, out
+        # Pieces need the same.
+        self.cell, self.of, self.out = cell, of._replace(packed={}), out
         self.table, self.tokens = table, tokens
         size, dtype = of.h.shape[1], of.h.dtype
         self.hidden = padded(size, dtype)
@@ -248,7 +254,7 @@ class Sums:
         if d_x is None:
             d_x = np.empty((0, inputs), dtype)
         else:
-            packed = pack(of.x, cell.order_x, self.hidden)
+            packed = of.pack_back("x", cell.order_x, self.hidden)
         blocks = self.hidden // lanes(dtype)
         run(
             recurrence.gradients,
@@ -288,6 +294,8 @@ class Sums:
     def close(self, want_d_table: bool) -> np.ndarray | None:
         """Put the sums where they belong; returns the gradient of the table, if there is one."""
         size, cell, d_table = self.of.h.shape[1], self.cell, None
+        # Packed weights make room for those of the next layer.
+        self.of = self.of._replace(packed=None)
         if self.out.v is not None:
             self.out.v[...] = self.d_v.reshape(len(self.out.v), -1)[:, :size]
         if self.tokens:
@@ -312,7 +320,7 @@ class Sums:
         run(
             gemm.affine_gradients,
             parts_for(count * n * inputs, n // lanes(dtype)),
-            even(1, count).rows,
+            even(1, count, 0).rows,
             table,
             d_products,
             pack(of.x, cell.order_x, self.hidden) if want else np.zeros(inputs, dtype),

@@ -30,7 +30,8 @@ class Rows(NamedTuple):
 def rows_for(pieces: list[Layout], width: int, dtype: Any, *, states: bool = False) -> Rows:
     """Memory; with `states` a row more for each column in front of those of a piece.
 
-    Where pieces follow one another these are the last rows of the piece before, as they should be.
+    Where pieces follow one another these are the last rows of the piece before, as they should be
+    unless a sequence begins anew there.
     """
     if len(pieces) == 1:
         (only,) = pieces
@@ -40,7 +41,10 @@ def rows_for(pieces: list[Layout], width: int, dtype: Any, *, states: bool = Fal
     ends = list(itertools.accumulate(piece.count for piece in pieces))
     starts = [0, *ends[:-1]]
     places = zip(pieces, starts, strict=True)
-    if all(p.plain and p.begin == start and p.columns == p.batch for p, start in places):
+    anew = states and any(piece.fresh is not None for piece in pieces)
+    if not anew and all(
+        p.plain and p.begin == start and p.columns == p.batch for p, start in places
+    ):
         before = pieces[0].batch if states else 0
         whole = empty((before + ends[-1], width), dtype)
         bounds = zip(starts, ends, strict=True)
@@ -109,6 +113,9 @@ def forward_layer(
     one = Rows([], None)
     if sides == 1:
         one = rows_for(pieces, size, dtype, states=True)
+    if whole and table is not None:
+        # It may be another the next time.
+        weights = [of._replace(packed=None) for of in weights]
     if not whole:
         weights = _packed_once(weights)
         # The caller may go on with the arrays.
@@ -140,7 +147,7 @@ def forward_layer(
 
 def _packed_once(weights: list[Weights]) -> list[Weights]:
     """For several pieces."""
-    return [of if of.packed is not None else of._replace(packed={}) for of in weights]
+    return [of._replace(packed={}) for of in weights]
 
 
 def _join(one: np.ndarray, other: np.ndarray, merge: str, y: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 
@@ -12,7 +13,14 @@ import pytest
 import fastrnn
 from fastrnn import pack, units
 
-KINDS = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}
+VARIANTS = {"peephole": True, "coupled": True, "cell_clip": 0.3}
+KINDS = {
+    "lstm": fastrnn.LSTM,
+    "gru": fastrnn.GRU,
+    "rnn": fastrnn.RNN,
+    "gru_before": functools.partial(fastrnn.GRU, reset_after=False),
+    "lstm_variants": functools.partial(fastrnn.LSTM, **VARIANTS),
+}
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 

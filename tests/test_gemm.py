@@ -398,7 +398,7 @@ def test_scatter(dtype, T, B, parts, rng):
         blocks = -(-n // w)
         for part in range(parts):
             first, end = blocks * part // parts * w, min(n, blocks * (part + 1) // parts * w)
-            order = even(T, B).rows
+            order = even(T, B, 0).rows
             _scatter(tokens.reshape(-1), order, memory, d_at, d_row, n, first, end, out[1:-1], sums)
         same(out, want)
         same(sums, want_sums)
@@ -450,7 +450,7 @@ def test_affine_gradients(dtype, need_d_x, rng):
                 flat = [array.reshape(T * B, -1) for array in (x, d_y)]
                 packed = pack(weight, (0,), n_out)
                 gemm.affine_gradients(
-                    part, parts, even(T, B).rows, *flat, packed, zeros, d_x, d_weight, d_bias
+                    part, parts, even(T, B, 0).rows, *flat, packed, zeros, d_x, d_weight, d_bias
                 )
             same(d_weight, want)
             same(d_bias, want_bias)

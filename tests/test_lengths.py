@@ -302,7 +302,7 @@ def test_a_layout_has_each_step_once(lengths):
 
 
 def test_even_is_the_plain_order():
-    layout = even(3, 2)
+    layout = even(3, 2, 0)
     assert list(layout.source) == list(range(6))
     assert list(layout.starts) == [0, 2, 4, 6, 8]
     assert list(layout.rows) == [4, 5, 2, 3, 0, 1]

@@ -149,3 +149,16 @@ def test_one_sequence_without_a_batch(rng):
         results.append([y, *layer.backward(saved, np.ones_like(y))[:2]])
     for a, b in zip(*results, strict=True):
         same(a, b)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm", "rnn_tanh"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [None, [T] * B, [7, 5, 0, 2]], ids=str)
+def test_resets_where_pieces_begin(cell, layers, every, lengths):
+    # No piece has a column more for them, but none may write over the one before.
+    problem = make_problem(cell, T, B, I, H, layers=layers)
+    resets = np.zeros((T, B), bool)
+    resets[every::every, 1:] = True
+    want = run(problem, None, lengths=lengths, resets=resets)
+    same_results(run(problem, every, lengths=lengths, resets=resets), want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 
 import numpy as np
@@ -13,7 +14,14 @@ import fastrnn.stepper
 from fastrnn import memory
 from fastrnn.simd import lanes
 
-LAYERS = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}
+VARIANTS = {"peephole": True, "coupled": True, "cell_clip": 0.3}
+LAYERS = {
+    "lstm": fastrnn.LSTM,
+    "gru": fastrnn.GRU,
+    "rnn": fastrnn.RNN,
+    "gru_before": functools.partial(fastrnn.GRU, reset_after=False),
+    "lstm_variants": functools.partial(fastrnn.LSTM, **VARIANTS),
+}
 each_layer = pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS)
 each_dtype = pytest.mark.parametrize("dtype", ["f4", "f8"])
 

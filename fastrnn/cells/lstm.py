@@ -6,7 +6,7 @@ c' = f c + i g      h' = o tanh(c')
 Variants, in any combination:
 
 peephole  gates see c: s_i + p_i c, s_f + p_f c, s_o + p_o c' (Gers and Schmidhuber 2000)
-coupled   f = 1 - i, and no products for it (Greff et al. 2017, CIFG)
+coupled   f = 1 - i, and no products for it (Greff et al. 2015, CIFG)
 clip      c' stays within a bound (Sak et al. 2014); beyond it no gradient passes
 
 The tape is i, f, g, o, or i, g, o; the vectors are p_i, p_f, p_o or p_i, p_o, then the bound.
