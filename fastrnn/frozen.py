@@ -12,8 +12,7 @@ class Frozen:
 
     `output, state = run(x, state)` is `layer(x, state)`, with the same arguments and the same bits;
     the layer itself is left alone and trains on. A layer packs its weights at every call, which
-    tells where a call has few rows: LSTM(64, 128) over 100 steps of one sequence takes 0.86 of the
-    time (docs/decisions/0009).
+    tells where a call has few rows (docs/decisions/0009).
 
     Weights are those of the moment it was made; `refresh` takes over later ones. It holds the layer
     and a copy of its weights, and packs them for each way of running (tokens or features, few
