@@ -25,7 +25,6 @@ from fastrnn.cells.cell import (
     backward,
     backward_operand,
     backward_vectors,
-    gates,
     into_of,
     late_of,
     load_carry,
@@ -35,15 +34,14 @@ from fastrnn.cells.cell import (
     of_h,
     of_x,
     operand_of,
-    output,
     store_runs,
-    sums_of,
     tail_of,
     tape_of,
 )
 from fastrnn.gemm import accumulate, multiply, panel_scratch, scatter, strip_scratch
 from fastrnn.jit import helper, kernel
 from fastrnn.meeting import arrive, gather, wait
+from fastrnn.row import fill_tail, first_half, gather_input, second_half
 from fastrnn.simd import (
     at,
     flush_denormals,
@@ -52,7 +50,6 @@ from fastrnn.simd import (
     load_n,
     restore_denormals,
     store,
-    store_n,
     width_of,
 )
 from fastrnn.units import multiply_units, units_of
@@ -128,59 +125,14 @@ def _project_overload(
     def tokens(cell, x, starts, t, steps, first, columns, low, high, apart, w_x, bias, tape, slots):
         row = tape.shape[1]
         run = row // tape_of(cell)
-        n = of_x(cell) * run
-        w = width_of(tape)
-        for s in range(t, t + steps):
-            here = _tape_row(starts, s, t, slots) + first
-            before = starts[s + 1] - starts[1] + first
-            for r in range(_active(starts, s, first, columns)):
-                source = x[before + r] * n
-                target = (here + r) * row
-                for left in range(0, n, run):
-                    for j in range(left + low, left + high, w):
-                        store(tape, target + j, load(w_x, source + j) + load(bias, j))
+        for step in range(t, t + steps):
+            here = _tape_row(starts, step, t, slots) + first
+            before = starts[step + 1] - starts[1] + first
+            for r in range(_active(starts, step, first, columns)):
+                s = at(tape, (here + r) * row)
+                gather_input(cell, low, high, run, w_x, x[before + r], bias, s)
 
     return tokens if isinstance(x.dtype, types.Integer) else dense
-
-
-@helper
-def _fill_tail(cell, first, rows, low, high, run, bias, tape):
-    """Begin the sums that have no part of x with their bias."""
-    row = tape.shape[1]
-    for r in range(first, first + rows):
-        for left in range(of_x(cell) * run, sums_of(cell) * run, run):
-            for j in range(left + low, left + high, width_of(tape)):
-                store(tape, r * row + j, load(bias, j))
-
-
-@helper
-def _first_half(cell, low, end, size, run, h, before, v, tape, kept, carry, c_before, c_after):
-    """`gates` of a row."""
-    for u in range(low, end, width_of(h)):
-        tape_new, carry_new = gates(
-            cell,
-            load_tape(cell, tape, kept + u, run),
-            load_n(h, before + u, size - u),
-            load_carry(cell, carry, c_before + u, run),
-            load_vectors(cell, v, u, run),
-        )
-        store_runs(tape, kept + u, run, tape_new)
-        store_runs(carry, c_after + u, run, carry_new)
-
-
-@helper
-def _second_half(cell, low, end, size, run, h, before, after, v, tape, kept, carry, c_after):
-    """`output` of a row."""
-    for u in range(low, end, width_of(h)):
-        h_new, tape_new = output(
-            cell,
-            load_tape(cell, tape, kept + u, run),
-            load_n(h, before + u, size - u),
-            load_carry(cell, carry, c_after + u, run),
-            load_vectors(cell, v, u, run),
-        )
-        store_runs(tape, kept + u, run, tape_new)
-        store_n(h, after + u, h_new, size - u)
 
 
 @kernel
@@ -219,7 +171,8 @@ def forward_slice(
             here = _tape_row(starts, t, start, slots) + first
             old, new = starts[t] + first, starts[t + 1] + first
             c_old, c_new = (old, new) if keep else (first, first)
-            _fill_tail(cell, here, rows, low, high, run, bias, tape)
+            for r in range(here, here + rows):
+                fill_tail(cell, low, high, run, bias, at(tape, r * row))
             if together:
                 wait(meeting, parts, t * meetings)
             s = at(tape, here * row + tail_of(cell) * run)
@@ -228,14 +181,12 @@ def forward_slice(
                 at(h, old * size), size, 0, w_h, s, row, s, row, 0,
             )  # fmt: skip
             for r in range(rows):
-                before, after, kept = (old + r) * size, (new + r) * size, (here + r) * row
+                before, after, s = (old + r) * size, (new + r) * size, at(tape, (here + r) * row)
                 c_before, c_after = (c_old + r) * carry_row, (c_new + r) * carry_row
-                _first_half(
-                    cell, low, end, size, run, h, before, v, tape, kept, carry, c_before, c_after
-                )
+                first_half(cell, low, end, size, run, h, before, v, s, carry, c_before, c_after)
                 if late_of(cell) == 0:
-                    _second_half(
-                        cell, low, end, size, run, h, before, after, v, tape, kept, carry, c_after
+                    second_half(
+                        cell, low, end, size, run, h, before, h, after, v, s, carry, c_after
                     )
             if late_of(cell) == 1:
                 if together:
@@ -247,10 +198,10 @@ def forward_slice(
                     apart, 1, run, low, high, 1, rows, size, m, row, 0, w_late, s, row, s, row, 0
                 )
                 for r in range(rows):
-                    before, after, kept = (old + r) * size, (new + r) * size, (here + r) * row
-                    c_after = (c_new + r) * carry_row
-                    _second_half(
-                        cell, low, end, size, run, h, before, after, v, tape, kept, carry, c_after
+                    before, after = (old + r) * size, (new + r) * size
+                    s, c_after = at(tape, (here + r) * row), (c_new + r) * carry_row
+                    second_half(
+                        cell, low, end, size, run, h, before, h, after, v, s, carry, c_after
                     )
             if together:
                 arrive(meeting, part, (t + 1) * meetings)

@@ -15,18 +15,11 @@ from numba import carray
 
 from fastrnn.cells.cell import (
     Cell,
-    gates,
     into_of,
     late_of,
-    load_carry,
-    load_tape,
-    load_vectors,
     of_h,
     of_x,
     operand_of,
-    output,
-    store_runs,
-    sums_of,
     tail_of,
     tape_of,
 )
@@ -36,16 +29,15 @@ from fastrnn.meeting import NOBODY, arrive, wait
 from fastrnn.memory import empty
 from fastrnn.pack import Packed, pack_layer
 from fastrnn.parallel import parts_for, run
+from fastrnn.row import fill_tail, first_half, gather_input, second_half
 from fastrnn.simd import (
     at,
     flush_denormals,
     lanes,
-    load,
     load_n,
     padded,
     pointer_to,
     restore_denormals,
-    store,
     store_n,
     width_of,
 )
@@ -80,20 +72,6 @@ def bind(
 
 
 @helper
-def _output_of(cell, low, end, size, run, h, h_new, unit, v, s, at_s, carry, carried):
-    """The second half of a row."""
-    for u in range(low, end, width_of(h)):
-        h_next, _ = output(
-            cell,
-            load_tape(cell, s, at_s + u, run),
-            load_n(h, unit + u, size - u),
-            load_carry(cell, carry, carried + u, run),
-            load_vectors(cell, v, u, run),
-        )
-        store_n(h_new, unit + u, h_next, size - u)
-
-
-@helper
 def advance(
     cell, values, places, x, tokens, h, h_new, carry, s, columns, first, rows, low, high,
     meeting, part, parts, done,
@@ -119,15 +97,11 @@ def advance(
         w_x, w_h = at(values, places[layer, 1]), at(values, places[layer, 2])
         bias, v = at(values, places[layer, 4]), at(values, places[layer, 5])
         for r in range(rows):
-            for left in range(of_x(cell) * run, sums_of(cell) * run, run):
-                for j in range(left + low, left + high, w):
-                    store(s, r * columns + j, load(bias, j))
+            fill_tail(cell, low, high, run, bias, at(s, r * columns))
         if width == 0:
             for r in range(rows):
-                source = tokens[first + r] * of_x(cell) * run
-                for left in range(0, of_x(cell) * run, run):
-                    for j in range(left + low, left + high, w):
-                        store(s, r * columns + j, load(w_x, source + j) + load(bias, j))
+                token = tokens[first + r]
+                gather_input(cell, low, high, run, w_x, token, bias, at(s, r * columns))
         else:
             below = x if layer == 0 else at(h_new, here - batch * size)
             multiply_units(
@@ -142,20 +116,10 @@ def advance(
         for r in range(rows):
             unit = here + r * size
             carried = (layer * batch + first + r) * carry.shape[2]
-            for u in range(low, end, w):
-                kept, carry_new = gates(
-                    cell,
-                    load_tape(cell, s, r * columns + u, run),
-                    load_n(h, unit + u, size - u),
-                    load_carry(cell, carry, carried + u, run),
-                    load_vectors(cell, v, u, run),
-                )
-                store_runs(s, r * columns + u, run, kept)
-                store_runs(carry, carried + u, run, carry_new)
+            row = at(s, r * columns)
+            first_half(cell, low, end, size, run, h, unit, v, row, carry, carried, carried)
             if late_of(cell) == 0:
-                _output_of(
-                    cell, low, end, size, run, h, h_new, unit, v, s, r * columns, carry, carried
-                )
+                second_half(cell, low, end, size, run, h, unit, h_new, unit, v, row, carry, carried)
         if late_of(cell) == 1:
             if together:
                 done += 1
@@ -169,9 +133,8 @@ def advance(
             for r in range(rows):
                 unit = here + r * size
                 carried = (layer * batch + first + r) * carry.shape[2]
-                _output_of(
-                    cell, low, end, size, run, h, h_new, unit, v, s, r * columns, carry, carried
-                )
+                row = at(s, r * columns)
+                second_half(cell, low, end, size, run, h, unit, h_new, unit, v, row, carry, carried)
         if together:
             done += 1
             arrive(meeting, part, done)

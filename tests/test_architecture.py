@@ -29,7 +29,7 @@ LEVELS = (
     {"vmath", "tile", "meeting"},
     {"gemm", "layout"},
     {"cells", "dropout", "loss", "optim", "clip", "units"},
-    {"pack"},
+    {"pack", "row"},
     {"recurrence", "module", "stepper", "frozen", "budget"},
     {"single", "dense"},
     {"stack"},
