@@ -9,32 +9,82 @@ import numpy as np
 import pytest
 
 import fastrnn.reference
-from fastrnn.reference import CELLS, loss, optim
+from fastrnn.reference import CELLS, loss, masks, optim
 from fastrnn.reference.linear import (
     embedding_backward,
     embedding_forward,
     linear_backward,
     linear_forward,
 )
+from fastrnn.reference.norm import norm_backward, norm_forward
 
 CLIP = {"clip": 0.4}
-CASES = [
+MASK, ZONE = {"mask": "drawn"}, {"zone": "drawn"}
+EXPECTED = {"zone": 0.3}
+PLAIN = [
     ("rnn", {"nonlinearity": "tanh"}),
     ("rnn", {"nonlinearity": "relu"}),
     *((name, {}) for name in CELLS if name != "rnn"),
+]
+BASIC = [
+    *PLAIN,
     ("lstm", {"coupled": True}),
     ("lstm", CLIP),
     ("lstm_peephole", {}),
     ("lstm_peephole", {"coupled": True, **CLIP}),
 ]
-# With weight_ch among the parameters or not.
-CELLS = {**CELLS, "lstm_peephole": CELLS["lstm"]}
+VARIANTS = [
+    ("gru_norm", {}),
+    ("lstm_norm", {}),
+    ("lstm_norm", {"coupled": True}),
+    ("lstm_norm", CLIP),
+    ("lstm_peephole_norm", {}),
+    ("lstm_proj", {}),
+    ("lstm_proj", {"coupled": True}),
+    ("lstm_proj", CLIP),
+    ("lstm_peephole_proj", {}),
+    ("lstm_proj_norm", {}),
+    ("lstm_peephole_proj_norm", {"coupled": True, **CLIP}),
+]
+NOISES = [MASK, ZONE, EXPECTED, MASK | ZONE]
+NOISY = [
+    *((name, options | noise) for name, options in PLAIN for noise in NOISES),
+    *((name, noise) for name in ("gru_norm", "lstm_norm", "lstm_proj") for noise in NOISES),
+    ("lstm_peephole", MASK | ZONE),
+    ("lstm_proj_norm", MASK | ZONE),
+    ("lstm_peephole_proj", {"coupled": True, **CLIP, **MASK, **ZONE}),
+    ("lstm_peephole_norm", {**CLIP, **MASK, **ZONE}),
+    ("lstm_peephole_proj_norm", {"coupled": True, **CLIP, **MASK, **EXPECTED}),
+]
+# What stands behind a cell in these names is parameters beside the usual ones.
+CELLS = {**{name: CELLS[name.split("_")[0]] for name, _ in BASIC + VARIANTS}, **CELLS}
 # T, B, I, H
 SHAPES = [(1, 1, 1, 1), (1, 3, 4, 2), (5, 1, 3, 4), (4, 3, 1, 5), (6, 2, 5, 1), (7, 3, 4, 5)]
-each_case = pytest.mark.parametrize(
-    ("name", "options"),
-    CASES,
-    ids=["-".join([name, *map(str, options.values())]) for name, options in CASES],
+FEWER = [(1, 3, 4, 2), (5, 1, 3, 4), (4, 3, 1, 5), (6, 2, 5, 1), (3, 2, 4, 5)]
+# Of one number norm knows the sign alone, and of two which is larger: their gradients vanish.
+WIDER = [(1, 3, 4, 3), (5, 1, 3, 4), (3, 2, 4, 5)]
+PROBLEMS = [
+    *((*case, seed, shape) for case in BASIC for seed in (0, 1) for shape in SHAPES),
+    *(
+        (*case, 0, shape)
+        for case in VARIANTS + NOISY
+        for shape in (WIDER if "norm" in case[0] else FEWER)
+    ),
+]
+
+
+def label(name, options, *more):
+    return "-".join([name, *(f"{key}={value}" for key, value in options.items()), *map(str, more)])
+
+
+def each(cases):
+    return pytest.mark.parametrize(("name", "options"), cases, ids=[label(*case) for case in cases])
+
+
+each_case = each(BASIC + VARIANTS + NOISY)
+each_silent_case = each(BASIC + VARIANTS)
+each_problem = pytest.mark.parametrize(
+    ("name", "options", "seed", "shape"), PROBLEMS, ids=[label(*problem) for problem in PROBLEMS]
 )
 each_seed = pytest.mark.parametrize("seed", [0, 1])
 each_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
@@ -78,24 +128,43 @@ def frozen(*arrays):
 
 
 def draw(name, options, rng, shape, bias, tokens, dtype=np.float64):
-    """Random params, x, state, d_output and d_state of one cell, read-only."""
+    """Random params, x, state, d_output, d_state and options of one cell, read-only."""
     T, B, n_in, H = shape
     G = len(CELLS[name].GATES) - options.get("coupled", False)
+    P = H
+    if "proj" in name:
+        P = H - 1 if H > 1 else 2
+    widths = [P, H][: len(CELLS[name].STATES)]
 
     def normal(*size, scale=1.0):
         return frozen((rng.standard_normal(size) * scale).astype(dtype))[0]
 
     params = {
         "weight_ih": normal(G * H, n_in, scale=0.5),
-        "weight_hh": normal(G * H, H, scale=0.5),
+        "weight_hh": normal(G * H, P, scale=0.5),
     }
     if bias:
         params |= {"bias_ih": normal(G * H, scale=0.5), "bias_hh": normal(G * H, scale=0.5)}
-    if name == "lstm_peephole":
+    if "peephole" in name:
         params["weight_ch"] = normal(G - 1, H)
+    if "proj" in name:
+        params["weight_hr"] = normal(P, H)
+    if "norm" in name:
+        params |= {"norm_ih": normal(G * H), "norm_hh": normal(G * H)}
+        if "lstm" in name:
+            params["norm_c"] = normal(2, H)
     x = frozen(rng.integers(n_in, size=(T, B)))[0] if tokens else normal(T, B, n_in)
-    state, d_state = (tuple(normal(B, H) for _ in CELLS[name].STATES) for _ in range(2))
-    return params, x, state, normal(T, B, H), d_state
+    state, d_state = (tuple(normal(B, width) for width in widths) for _ in range(2))
+    d_output = normal(T, B, P)
+    if options.get("mask") == "drawn":
+        mask = rng.uniform(0.5, 2, (B, P)) * (rng.random((B, P)) < 0.6)
+        mask[:, :2] = 1.5  # of every h something is seen
+        options = {**options, "mask": frozen(mask)[0]}
+    if options.get("zone") == "drawn":
+        zone = (rng.random((T, B, P)) < 0.4).astype(np.float64)
+        zone[:1, 0, 0] = 0  # something is new
+        options = {**options, "zone": frozen(zone)[0]}
+    return params, x, state, d_output, d_state, options
 
 
 def draw_smooth(name, options, seed, shape, bias, tokens):
@@ -103,9 +172,11 @@ def draw_smooth(name, options, seed, shape, bias, tokens):
     rng = np.random.default_rng([seed, *shape])
     for _ in range(1000):
         problem = draw(name, options, rng, shape, bias, tokens)
-        params, x, state, *_ = problem
+        if "clip" not in options and options.get("nonlinearity") != "relu":
+            return problem
+        params, x, state, *_, drawn = problem
+        saved = CELLS[name].forward(params, x, state, **drawn)[2]
         if "clip" in options:
-            _, _, saved = CELLS[name].forward(params, x, state, **options)
             c = np.abs(saved["f"] * saved["c"][:-1] + saved["i"] * saved["g"])
             # Some are cut off, and from each initial state something comes through.
             through, cut = (c < options["clip"]).all(axis=0), c > options["clip"]
@@ -113,25 +184,34 @@ def draw_smooth(name, options, seed, shape, bias, tokens):
             if np.abs(c - options["clip"]).min() > KINK and enough:
                 return problem
             continue
-        if options.get("nonlinearity") != "relu":
-            return problem
-        output, _, _ = CELLS[name].forward(params, x, state, **options)
-        h = np.concatenate([state[0][None], output[:-1]])
+        h = saved["mask"] * saved["h"][:-1]
         a_x = params["weight_ih"].T[x] if tokens else x @ params["weight_ih"].T
         a = a_x + h @ params["weight_hh"].T + params.get("bias_ih", 0) + params.get("bias_hh", 0)
-        if np.abs(a).min() > KINK and (a[0] > 0).any():
+        if np.abs(a).min() > KINK and ((a[0] > 0) & (saved["zone"][0] < 1)).any():
             return problem
     raise AssertionError("no draw away from the kink")
 
 
-@each_case
-@each_seed
+def results(cell, problem, **changes):
+    """Every array that forward and backward give, with these options changed."""
+    params, x, state, d_output, d_state, options = problem
+    output, final, saved = cell.forward(params, x, state, **{**options, **changes})
+    d_x, d_state_0, grads = cell.backward(params, saved, d_output, d_state)
+    assert list(grads) == list(params)
+    found = {"output": output, **grads}
+    found |= {f"final {s}": array for s, array in zip(cell.STATES, final, strict=True)}
+    found |= {f"d_{s} initial": array for s, array in zip(cell.STATES, d_state_0, strict=True)}
+    return found if d_x is None else {**found, "d_x": d_x}
+
+
+@each_problem
 @each_bias
 @each_input
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cell_gradients(name, options, seed, bias, tokens, shape):
+def test_cell_gradients(name, options, seed, shape, bias, tokens):
     cell = CELLS[name]
-    params, x, state, d_output, d_state = draw_smooth(name, options, seed, shape, bias, tokens)
+    params, x, state, d_output, d_state, options = draw_smooth(
+        name, options, seed, shape, bias, tokens
+    )
     arrays = {"x": x, **dict(zip(cell.STATES, state, strict=True)), **params}
 
     def f(arrays):
@@ -157,7 +237,9 @@ def test_cell_gradients(name, options, seed, bias, tokens, shape):
 def test_tokens_are_one_hot_rows(name, options, bias):
     cell = CELLS[name]
     rng = np.random.default_rng(2)
-    params, x, state, d_output, d_state = draw(name, options, rng, (9, 4, 3, 5), bias, tokens=True)
+    params, x, state, d_output, d_state, options = draw(
+        name, options, rng, (9, 4, 3, 5), bias, tokens=True
+    )
     runs = []
     for x_form in (x, np.eye(3)[x]):
         output, final, saved = cell.forward(params, x_form, state, **options)
@@ -171,7 +253,7 @@ def test_tokens_are_one_hot_rows(name, options, bias):
 def test_no_bias_is_zero_bias(name, options):
     cell = CELLS[name]
     rng = np.random.default_rng(8)
-    params, x, state, *_ = draw(name, options, rng, (3, 2, 4, 5), False, False)
+    params, x, state, *_, options = draw(name, options, rng, (3, 2, 4, 5), False, False)
     zeros = np.zeros(len(params["weight_hh"]))
     output, final, _ = cell.forward(params, x, state, **options)
     with_zeros = cell.forward({**params, "bias_ih": zeros, "bias_hh": zeros}, x, state, **options)
@@ -185,14 +267,18 @@ def test_no_bias_is_zero_bias(name, options):
 def test_sequence_equals_its_pieces(name, options, bias, tokens):
     cell = CELLS[name]
     rng = np.random.default_rng(3)
-    params, x, state_0, d_output, d_final = draw(name, options, rng, (11, 3, 4, 5), bias, tokens)
+    params, x, state_0, d_output, d_final, options = draw(
+        name, options, rng, (11, 3, 4, 5), bias, tokens
+    )
     output, final, saved = cell.forward(params, x, state_0, **options)
     d_x, d_state_0, grads = cell.backward(params, saved, d_output, d_final)
 
     pieces = [slice(0, 4), slice(4, 5), slice(5, 11)]
     state, outputs, tape = state_0, [], []
     for piece in pieces:
-        out, state, saved = cell.forward(params, x[piece], state, **options)
+        zone = options.get("zone", 0)
+        ours = {**options, "zone": zone[piece]} if np.ndim(zone) else options
+        out, state, saved = cell.forward(params, x[piece], state, **ours)
         outputs.append(out)
         tape.append(saved)
     d_state, d_xs, sums = d_final, [], {key: np.zeros_like(p) for key, p in params.items()}
@@ -218,10 +304,12 @@ def test_sequence_equals_its_pieces(name, options, bias, tokens):
 def test_empty_sequence_passes_the_state_through(name, options, tokens):
     cell = CELLS[name]
     rng = np.random.default_rng(4)
-    params, x, state, d_output, d_state = draw(name, options, rng, (0, 2, 3, 4), True, tokens)
+    params, x, state, d_output, d_state, options = draw(
+        name, options, rng, (0, 2, 3, 4), True, tokens
+    )
     output, final, saved = cell.forward(params, x, state, **options)
     d_x, d_state_0, grads = cell.backward(params, saved, d_output, d_state)
-    assert output.shape == (0, 2, 4)
+    assert output.shape == (0, 2, 3 if "proj" in name else 4)
     assert d_x is None if tokens else d_x.shape == (0, 2, 3)
     for got, want in zip((*final, *d_state_0), (*state, *d_state), strict=True):
         np.testing.assert_array_equal(got, want)
@@ -234,13 +322,13 @@ def test_empty_sequence_passes_the_state_through(name, options, tokens):
 def test_dtype_is_that_of_the_params(name, options, tokens, dtype):
     cell = CELLS[name]
     rng = np.random.default_rng(5)
-    params, x, state, d_output, d_state = draw(
+    params, x, state, d_output, d_state, options = draw(
         name, options, rng, (3, 2, 4, 5), True, tokens, dtype
     )
     output, final, saved = cell.forward(params, x, state, **options)
     d_x, d_state_0, grads = cell.backward(params, saved, d_output, d_state)
-    results = [output, *final, *d_state_0, *grads.values()] + ([] if tokens else [d_x])
-    assert {array.dtype for array in results} == {np.dtype(dtype)}
+    arrays = [output, *final, *d_state_0, *grads.values()] + ([] if tokens else [d_x])
+    assert {array.dtype for array in arrays} == {np.dtype(dtype)}
 
 
 @each_case
@@ -249,7 +337,9 @@ def test_dtype_is_that_of_the_params(name, options, tokens, dtype):
 def test_extreme_input_stays_finite_and_silent(name, options, dtype, large):
     cell = CELLS[name]
     rng = np.random.default_rng(6)
-    params, x, state, d_output, d_state = draw(name, options, rng, (5, 4, 3, 6), True, False, dtype)
+    params, x, state, d_output, d_state, options = draw(
+        name, options, rng, (5, 4, 3, 6), True, False, dtype
+    )
     if large != "state":
         x = np.where(x > 0, dtype(1e4), dtype(-1e4))
     if large != "x":
@@ -258,7 +348,8 @@ def test_extreme_input_stays_finite_and_silent(name, options, dtype, large):
     d_x, d_state_0, grads = cell.backward(params, saved, d_output, d_state)
     for array in (output, *final, d_x, *d_state_0, *grads.values()):
         assert np.isfinite(array).all()
-    if name == "lstm" or options.get("nonlinearity") == "tanh":
+    bounded = name == "lstm" or options.get("nonlinearity") == "tanh"
+    if bounded and "zone" not in options:
         assert np.abs(output).max() <= 1
 
 
@@ -266,7 +357,9 @@ def test_extreme_input_stays_finite_and_silent(name, options, dtype, large):
 def test_nan_stays_in_its_row(name, options):
     cell = CELLS[name]
     rng = np.random.default_rng(7)
-    params, x, state, d_output, d_state = draw(name, options, rng, (5, 4, 3, 6), True, False)
+    params, x, state, d_output, d_state, options = draw(
+        name, options, rng, (5, 4, 3, 6), True, False
+    )
     others = [0, 1, 3]
     poisoned = x.copy()
     poisoned[2, 2] = np.nan
@@ -282,6 +375,199 @@ def test_nan_stays_in_its_row(name, options):
     np.testing.assert_array_equal(output[:2], clean[0][:2])
     assert np.isnan(output[2:, 2]).all()
     assert np.isnan(final[2]).all()
+
+
+@each_silent_case
+@each_input
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_mask_of_ones_and_zone_of_zeros_change_no_bit(name, options, tokens, dtype):
+    cell = CELLS[name]
+    rng = np.random.default_rng(9)
+    problem = draw(name, options, rng, (5, 3, 4, 6), True, tokens, dtype)
+    shape = problem[3].shape
+    ones, zeros = np.ones(shape[1:]), np.zeros(shape)
+    want = results(cell, problem)
+    for changes in (
+        {"mask": None, "zone": None},
+        {"mask": ones},
+        {"zone": zeros},
+        {"zone": 0.0},
+        {"mask": ones.astype(bool), "zone": zeros.astype(bool)},
+    ):
+        got = results(cell, problem, **changes)
+        assert got.keys() == want.keys()
+        for key, array in want.items():
+            assert array.any(), f"{key} vanishes: this tests nothing"
+            assert got[key].tobytes() == array.tobytes(), key
+    for changes in ({"mask": ones * rng.uniform(size=ones.shape)}, {"zone": 0.5}):
+        got = results(cell, problem, **changes)
+        for key, array in want.items():
+            assert (got[key] != array).any(), key
+
+
+@each_silent_case
+def test_zone_of_ones_keeps_the_initial_state(name, options):
+    cell = CELLS[name]
+    rng = np.random.default_rng(10)
+    params, x, state, d_output, d_state, options = draw(
+        name, options, rng, (5, 3, 4, 6), True, False
+    )
+    # The new c is of use, so its gradient is left out first.
+    without_c = (d_state[0], *map(np.zeros_like, d_state[1:]))
+    for zone in (np.ones(d_output.shape), 1):
+        found = results(cell, (params, x, state, d_output, without_c, options), zone=zone)
+        np.testing.assert_array_equal(found["output"], np.stack([state[0]] * 5))
+        np.testing.assert_array_equal(found["final h"], state[0])
+        want = d_state[0] + d_output.sum(axis=0)
+        np.testing.assert_allclose(found["d_h initial"], want, rtol=1e-12, atol=1e-12)
+        assert not any(found[key].any() for key in (*params, "d_x"))
+        if "lstm" in name:
+            assert (found["final c"] != state[1]).any()
+            assert not found["d_c initial"].any()
+            found = results(cell, (params, x, state, d_output, d_state, options), zone=zone)
+            assert found["weight_ih"].any()
+            assert found["d_c initial"].any()
+
+
+@each_silent_case
+def test_mask_is_on_products_and_zone_on_the_rest(name, options):
+    cell = CELLS[name]
+    rng = np.random.default_rng(11)
+    params, x, state, d_output, _, options = draw(name, options, rng, (1, 3, 4, 6), True, False)
+    output, final, _ = cell.forward(params, x, state, **options)
+    h = state[0]
+
+    mask = rng.uniform(0, 2, h.shape)
+    masked, _, saved = cell.forward(params, x, state, mask=mask, **options)
+    seen = cell.forward(params, x, (mask * h, *state[1:]), **options)[0]
+    mixed = saved["z"] * (h - mask * h) if "gru" in name else 0
+    np.testing.assert_allclose(masked, seen + mixed, rtol=1e-12, atol=1e-12)
+    assert np.abs(masked - output).max() > 1e-2
+
+    for zone in (rng.uniform(size=d_output.shape), 0.3):
+        zoned, final_zoned, _ = cell.forward(params, x, state, zone=zone, **options)
+        np.testing.assert_allclose(zoned, zone * h + (1 - zone) * output, rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_equal(final_zoned[0], zoned[0])
+        for got, want in zip(final_zoned[1:], final[1:], strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@each([case for case in BASIC + NOISY if case[0] in ("lstm", "lstm_peephole")])
+def test_projection_by_the_identity_is_none(name, options):
+    cell = CELLS[name]
+    rng = np.random.default_rng(12)
+    params, *rest = draw(name, options, rng, (6, 3, 4, 5), True, False)
+    got = results(cell, ({**params, "weight_hr": np.eye(5)}, *rest))
+    want = results(cell, (params, *rest))
+    assert got.pop("weight_hr").any()
+    assert got.keys() == want.keys()
+    for key, array in want.items():
+        np.testing.assert_allclose(got[key], array, rtol=1e-12, atol=1e-12, err_msg=key)
+
+
+@each_seed
+@pytest.mark.parametrize("scale", [2, 0.1], ids=["large", "small"])
+@pytest.mark.parametrize("shape", [(4,), (7,), (3, 4), (2, 3, 5)], ids=str)
+def test_norm_gradient(seed, scale, shape):
+    rng = np.random.default_rng(seed)
+    v, d_normed = frozen(rng.standard_normal(shape) * scale + 1, rng.standard_normal(shape))
+    normed, factor = norm_forward(v)
+    assert factor.shape == (*shape[:-1], 1)
+    centred = v - v.sum(axis=-1, keepdims=True) / shape[-1]
+    var = (centred**2).sum(axis=-1, keepdims=True) / shape[-1]
+    np.testing.assert_allclose(normed, centred / np.sqrt(var + 1e-5), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(factor, 1 / np.sqrt(var + 1e-5), rtol=1e-10, atol=1e-12)
+
+    def f(arrays):
+        return np.vdot(norm_forward(arrays["v"])[0], d_normed)
+
+    check_gradients(f, {"v": v}, {"v": norm_backward(d_normed, normed, factor)})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_norm_of_a_constant(dtype):
+    normed, scale = norm_forward(np.full((2, 4), 3, dtype))
+    d_v = norm_backward(np.array([[4, 0, 0, 0], [1, 1, 1, 1]], dtype), normed, scale)
+    assert normed.dtype == scale.dtype == d_v.dtype == dtype
+    np.testing.assert_array_equal(normed, 0)
+    np.testing.assert_allclose(scale, 1e5**0.5, rtol=1e-6)
+    want = np.array([[3, -1, -1, -1], [0, 0, 0, 0]]) * 1e5**0.5
+    np.testing.assert_allclose(d_v, want, rtol=1e-6)
+
+
+def test_streams_are_those_of_splitmix64():
+    assert [masks.stream(1234567, number) for number in range(5)] == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert masks.stream(0, 0) == 0xE220A8397B1DCDAF
+    assert masks.stream(0, 1) == 0x6E789E6AA1B965F4
+    assert masks.stream(-1, 3) == masks.stream(2**64 - 1, 3) == masks.stream(2**65 - 1, 3)
+
+
+def test_bits_are_streams_of_streams():
+    seed, rows, units = 2**64 - 3, np.arange(4), np.array([0, 3, 2**40])
+    found = masks.bits(seed, rows[:, None], units)
+    assert found.dtype == np.uint64
+    want = [[masks.stream(masks.stream(seed, int(r)), int(u)) for u in units] for r in rows]
+    assert found.tolist() == want
+    assert int(masks.bits(seed, 2, 3)) == want[2][1]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5])
+def test_masks_are_functions_of_the_place(p):
+    seed, units = 2**63 + 12345, 6
+    steps, sequences = np.array([4, 0, 9]), np.array([2, 7])
+
+    def drawn(row, column, use, unit):
+        key = masks.stream(masks.stream(seed, int(row)), int(column))
+        return masks.stream(masks.stream(key, use), int(unit)) >> 11 < int(p * 2**53)
+
+    def scaled(*place):
+        return 0 if drawn(*place) else 1 / (1 - p)
+
+    every = range(units)
+    for found, want in (
+        (
+            masks.dropout_mask(seed, steps, sequences, units, p),
+            [[[scaled(t, b, 0, u) for u in every] for b in sequences] for t in steps],
+        ),
+        (
+            masks.locked_mask(seed, sequences, units, p),
+            [[scaled(0, b, 1, u) for u in every] for b in sequences],
+        ),
+        (
+            masks.zone_mask(seed, steps, sequences, units, p),
+            [[[float(drawn(t, b, 2, u)) for u in every] for b in sequences] for t in steps],
+        ),
+        (
+            masks.weight_mask(seed, 5, units, p),
+            [[scaled(row, 0, 3, column) for column in every] for row in range(5)],
+        ),
+    ):
+        assert found.dtype == np.float64
+        np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_masks_draw_as_often_as_they_should(p):
+    T, B, units = 20, 50, 40
+    steps, sequences = np.arange(T), np.arange(B)
+    drawn = [
+        masks.dropout_mask(1, steps, sequences, units, p) == 0,
+        masks.dropout_mask(2, steps, sequences, units, p) == 0,
+        masks.zone_mask(1, steps, sequences, units, p) == 1,
+        masks.weight_mask(1, T * B, units, p).reshape(T, B, units) == 0,
+        masks.locked_mask(1, np.arange(T * B), units, p).reshape(T, B, units) == 0,
+    ]
+    error = 5 * (p * (1 - p) / (T * B * units)) ** 0.5
+    for i, one in enumerate(drawn):
+        assert abs(one.mean() - p) < error
+        for other in drawn[:i]:
+            assert abs((one & other).mean() - p * p) < error
 
 
 def test_sigmoid():

@@ -20,8 +20,9 @@ CASES = [
     pytest.param("rnn", {"nonlinearity": "relu"}, id="rnn-relu"),
     pytest.param("gru", {}, id="gru"),
     pytest.param("lstm", {}, id="lstm"),
+    pytest.param("lstm_proj", {}, id="lstm-proj"),
 ]
-MODULES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
+MODULES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "lstm_proj": "LSTM"}
 SHAPES = [(7, 3, 4, 5), (1, 2, 3, 6), (12, 1, 5, 6), (3, 8, 1, 9)]  # T, B, I, H
 TOLERANCE = 1e-12  # relative in norm: some thousand roundings of float64
 
@@ -40,6 +41,8 @@ def agree(got, tensor, name=""):
 
 def torch_cell(name, options, params, n_in, H):
     """torch.nn.RNN, GRU or LSTM that holds ``params``."""
+    if "weight_hr" in params:
+        options = {**options, "proj_size": len(params["weight_hr"])}
     with torch.random.fork_rng(devices=[]):  # the module's own initial values draw numbers
         cell = getattr(torch.nn, MODULES[name])(
             n_in, H, bias="bias_ih" in params, dtype=torch.float64, **options
@@ -55,19 +58,25 @@ def torch_cell(name, options, params, n_in, H):
 @pytest.mark.parametrize("scale", [1.0, 1e4], ids=["x1", "x1e4"])
 def test_reference_cell(name, options, bias, tokens, shape, scale):
     T, B, n_in, H = shape
-    reference = CELLS[name]
+    if "proj" in name and scale > 1:
+        pytest.skip("few sums of shut gates: all of h may be 0")
+    P = H - 2 if "proj" in name else H
+    reference = CELLS[name.split("_")[0]]
     G, n_states = len(reference.GATES), len(reference.STATES)
     rng = np.random.default_rng(shape)
     params = {
         "weight_ih": rng.standard_normal((G * H, n_in)),
-        "weight_hh": rng.standard_normal((G * H, H)) * 0.5,
+        "weight_hh": rng.standard_normal((G * H, P)) * 0.5,
     }
     if bias:
         params |= {"bias_ih": rng.standard_normal(G * H), "bias_hh": rng.standard_normal(G * H)}
+    if "proj" in name:
+        params["weight_hr"] = rng.standard_normal((P, H)) * 0.5
     x = rng.integers(n_in, size=(T, B)) if tokens else rng.standard_normal((T, B, n_in)) * scale
-    state = tuple(rng.standard_normal((n_states, B, H)) * scale)
-    d_output = rng.standard_normal((T, B, H))
-    d_state = tuple(rng.standard_normal((n_states, B, H)))
+    widths = [P, H][:n_states]
+    state = tuple(rng.standard_normal((B, width)) * scale for width in widths)
+    d_output = rng.standard_normal((T, B, P))
+    d_state = tuple(rng.standard_normal((B, width)) for width in widths)
 
     output, final, saved = reference.forward(params, x, state, **options)
     d_x, d_state_0, grads = reference.backward(params, saved, d_output, d_state)
@@ -94,6 +103,81 @@ def test_reference_cell(name, options, bias, tokens, shape, scale):
         agree(got, getattr(cell, f"{key}_l0").grad, key)
     if not tokens:
         agree(d_x, x_t.grad, "x")
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm", "lstm_proj"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("tokens", [False, True], ids=["features", "tokens"])
+@pytest.mark.parametrize("noise", [False, True], ids=["plain", "noise"])
+def test_reference_normalised_cell(name, bias, tokens, noise):
+    T, B, n_in, H = SHAPES[0]
+    P = H - 2 if "proj" in name else H
+    reference = CELLS[name.split("_")[0]]
+    rows, widths = len(reference.GATES) * H, [P, H][: len(reference.STATES)]
+    rng = np.random.default_rng(0)
+    params = {"weight_ih": rng.standard_normal((rows, n_in))}
+    params["weight_hh"] = rng.standard_normal((rows, P)) * 0.5
+    if bias:
+        params |= {"bias_ih": rng.standard_normal(rows), "bias_hh": rng.standard_normal(rows)}
+    if "proj" in name:
+        params["weight_hr"] = rng.standard_normal((P, H)) * 0.5
+    params |= {"norm_ih": rng.standard_normal(rows), "norm_hh": rng.standard_normal(rows)}
+    if "lstm" in name:
+        params["norm_c"] = rng.standard_normal((2, H))
+    x = rng.integers(n_in, size=(T, B)) if tokens else rng.standard_normal((T, B, n_in))
+    state, d_state = (tuple(rng.standard_normal((B, w)) for w in widths) for _ in range(2))
+    d_output = rng.standard_normal((T, B, P))
+    mask, zone = np.ones((B, P)), np.zeros((T, B, P))
+    if noise:
+        mask, zone = rng.uniform(size=mask.shape), rng.uniform(size=zone.shape)
+
+    options = {"mask": mask, "zone": zone} if noise else {}
+    output, final, saved = reference.forward(params, x, state, **options)
+    d_x, d_state_0, grads = reference.backward(params, saved, d_output, d_state)
+
+    p = {key: leaf(value) for key, value in params.items()}
+    x_t, state_t = leaf(np.eye(n_in)[x] if tokens else x), [leaf(s) for s in state]
+    output_t, final_t = normalised(p, x_t, state_t, torch.tensor(mask), torch.tensor(zone))
+    objective = (output_t * torch.tensor(d_output)).sum()
+    for s, d_s in zip(final_t, d_state, strict=True):
+        objective = objective + (s * torch.tensor(d_s)).sum()
+    objective.backward()
+    agree(output, output_t, "output")
+    for key, s, s_t, d_s, begun in zip(
+        reference.STATES, final, final_t, d_state_0, state_t, strict=True
+    ):
+        agree(s, s_t, f"final {key}")
+        agree(d_s, begun.grad, f"initial {key}")
+    assert grads.keys() == p.keys()
+    for key, got in grads.items():
+        agree(got, p[key].grad, key)
+    if not tokens:
+        agree(d_x, x_t.grad, "x")
+
+
+def normalised(p, x, state, mask, zone):
+    """Outputs and final state of a GRU, or of an LSTM if ``state`` has two parts."""
+
+    def norm(v):
+        return torch.nn.functional.layer_norm(v, v.shape[-1:], eps=1e-5)
+
+    h, outputs = state[0], []
+    c = state[1] if len(state) == 2 else None
+    for x_t, zone_t in zip(x, zone, strict=True):
+        a_x = p["norm_ih"] * norm(x_t @ p["weight_ih"].T) + p.get("bias_ih", 0)
+        a_h = p["norm_hh"] * norm((mask * h) @ p["weight_hh"].T) + p.get("bias_hh", 0)
+        if c is None:
+            (r_x, z_x, n_x), (r_h, z_h, n_h) = a_x.chunk(3, dim=1), a_h.chunk(3, dim=1)
+            r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
+            new = (1 - z) * torch.tanh(n_x + r * n_h) + z * h
+        else:
+            i, f, g, o = (a_x + a_h).chunk(4, dim=1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            new = torch.sigmoid(o) * torch.tanh(p["norm_c"][0] * norm(c) + p["norm_c"][1])
+            new = new @ p["weight_hr"].T if "weight_hr" in p else new
+        h = zone_t * h + (1 - zone_t) * new
+        outputs.append(h)
+    return torch.stack(outputs), [h] if c is None else [h, c]
 
 
 @pytest.mark.parametrize("scale", [1, 30])

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrnn.reference.linear import input_backward, input_forward, sum_outer
+from fastrnn.reference.masks import in_full
 
 Array = NDArray[Any]
 
@@ -28,7 +29,13 @@ NONLINEARITIES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Arra
 
 
 def forward(
-    params: dict[str, Array], x: Array, state: tuple[Array, ...], *, nonlinearity: str = "tanh"
+    params: dict[str, Array],
+    x: Array,
+    state: tuple[Array, ...],
+    *,
+    nonlinearity: str = "tanh",
+    mask: Array | None = None,
+    zone: Array | float | None = None,
 ) -> tuple[Array, tuple[Array, ...], dict[str, Any]]:
     """One layer, one direction: x (T, B, I) or tokens (T, B), state (h,) of (B, H).
 
@@ -38,12 +45,16 @@ def forward(
     a_x = input_forward(params["weight_ih"], x) + params.get("bias_ih", 0)
     phi, _ = NONLINEARITIES[nonlinearity]
     T, (B, H) = len(x), state[0].shape
+    mask = in_full(mask, 1, (B, H), weight_hh.dtype)
+    zone = in_full(zone, 0, (T, B, H), weight_hh.dtype)
     h = np.empty((T + 1, B, H), weight_hh.dtype)  # h[t] enters step t, h[t + 1] leaves it
+    h_new = np.empty((T, B, H), weight_hh.dtype)
     h[0] = state[0]
     for t in range(T):
-        h[t + 1] = phi(a_x[t] + h[t] @ weight_hh.T + bias_hh)
-    saved = {"x": x, "h": h, "nonlinearity": nonlinearity}
-    return h[1:].copy(), (h[T].copy(),), saved
+        h_new[t] = phi(a_x[t] + (mask * h[t]) @ weight_hh.T + bias_hh)
+        h[t + 1] = zone[t] * h[t] + (1 - zone[t]) * h_new[t]
+    saved = {"x": x, "h": h, "h_new": h_new, "mask": mask, "zone": zone}
+    return h[1:].copy(), (h[T].copy(),), saved | {"nonlinearity": nonlinearity}
 
 
 def backward(
@@ -57,16 +68,17 @@ def backward(
     Returns (d_x or None, d_state of the initial state, grads).
     """
     weight_hh = params["weight_hh"]
-    x, h = saved["x"], saved["h"]
+    x, h, h_new, mask, zone = (saved[name] for name in ("x", "h", "h_new", "mask", "zone"))
     _, d_phi = NONLINEARITIES[saved["nonlinearity"]]
     (d_h,) = d_state
-    d_a = np.empty_like(h[1:])
+    d_a = np.empty_like(h_new)
     for t in reversed(range(len(d_a))):
         d_h = d_h + d_output[t]
-        d_a[t] = d_h * d_phi(h[t + 1])
-        d_h = d_a[t] @ weight_hh
+        d_h_new = (1 - zone[t]) * d_h
+        d_a[t] = d_h_new * d_phi(h_new[t])
+        d_h = zone[t] * d_h + mask * (d_a[t] @ weight_hh)
     d_x, d_weight_ih = input_backward(params["weight_ih"], x, d_a)
-    grads = {"weight_ih": d_weight_ih, "weight_hh": sum_outer(d_a, h[:-1])}
+    grads = {"weight_ih": d_weight_ih, "weight_hh": sum_outer(d_a, mask * h[:-1])}
     if "bias_ih" in params:
         grads["bias_ih"] = d_a.sum(axis=(0, 1))
         grads["bias_hh"] = d_a.sum(axis=(0, 1))
