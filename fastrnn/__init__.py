@@ -1,7 +1,8 @@
 """Recurrent networks trained and run on CPUs at the speed of hand-written C.
 
-Layers: RNN, GRU, LSTM, Linear, Embedding; LanguageModel; warmup. Modules: models, train, generate,
-score, text, loss, optim, clip, checkpoint; reference is the same in NumPy, a line per equation.
+Layers: RNN, GRU, LSTM, Recurrent (of any cell), Linear, Embedding, Readout; LanguageModel; warmup.
+Modules: models, train, generate, score, text, loss, optim, clip, checkpoint, cells, plot; reference
+is the same in NumPy, a line per equation.
 
 Names are looked up when they are first used: importing Numba takes most of a short program's time.
 """
@@ -12,12 +13,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastrnn import checkpoint, clip, generate, loss, models, optim, score, text, train
+    from fastrnn import (
+        cells,
+        checkpoint,
+        clip,
+        generate,
+        loss,
+        models,
+        optim,
+        plot,
+        score,
+        text,
+        train,
+    )
     from fastrnn.ahead import warmup
     from fastrnn.dense import Embedding, Linear
     from fastrnn.layers import GRU, LSTM, RNN
     from fastrnn.models import LanguageModel
     from fastrnn.parallel import get_num_threads, set_num_threads
+    from fastrnn.readout import Readout
+    from fastrnn.recurrent import Recurrent
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +42,9 @@ __all__ = [
     "Embedding",
     "LanguageModel",
     "Linear",
+    "Readout",
+    "Recurrent",
+    "cells",
     "checkpoint",
     "clip",
     "generate",
@@ -34,6 +52,7 @@ __all__ = [
     "loss",
     "models",
     "optim",
+    "plot",
     "score",
     "set_num_threads",
     "text",
@@ -43,7 +62,8 @@ __all__ = [
 
 _PLACES = dict.fromkeys(("GRU", "LSTM", "RNN"), "layers")
 _PLACES |= dict.fromkeys(("Embedding", "Linear"), "dense")
-_PLACES |= {"LanguageModel": "models", "warmup": "ahead"}
+_PLACES |= {"LanguageModel": "models", "Readout": "readout", "Recurrent": "recurrent"}
+_PLACES |= {"warmup": "ahead"}
 _PLACES |= dict.fromkeys(("get_num_threads", "set_num_threads"), "parallel")
 
 

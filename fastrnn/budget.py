@@ -6,6 +6,7 @@ Memory that is given up stays with the process for the next array of its size (`
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,10 @@ _CHUNK = 1 << 16
 class Work(NamedTuple):
     """A stack of layers and how much it is given.
 
+    width   of h
+    dropout whether there is dropout of x, and between layers
+    masked  whether products see something else than h
+    thinned whether some of weight_hh are dropped
     widths  of the input of each layer
     params  numbers in all parameters
     piece   steps between checkpoints, or all
@@ -29,10 +34,13 @@ class Work(NamedTuple):
 
     cell: Cell
     size: int
+    width: int
     widths: list[int]
     output: int
     sides: int
-    dropout: bool
+    dropout: tuple[bool, bool]
+    masked: bool
+    thinned: bool
     params: int
     dtype: np.dtype
     steps: int
@@ -95,21 +103,32 @@ class _Step:
 
     def packed(self, width: int) -> list[int]:
         """Weights for forward."""
-        cell, size = self.cell, self.work.size
-        return [self.hidden * (cell.gates * (width + size) + cell.tape + cell.vectors)] * self.sides
+        cell, out = self.cell, self.work.width
+        numbers = self.hidden * (cell.gates * (width + out) + cell.tape + cell.vectors)
+        if cell.projected:
+            numbers += (self.work.size + 1) * padded(out, self.work.dtype)
+        return [numbers] * self.sides
+
+    @property
+    def thinned(self) -> list[int]:
+        """Of weight_hh what is left of it."""
+        work = self.work
+        return [self.cell.gates * work.size * work.width] * (self.sides * work.thinned)
 
     def states(self, piece: int) -> int:
-        return (piece + self.work.batch) * self.work.size
+        return (piece + self.work.batch) * self.work.width
 
     def run(self, piece: int) -> list[int]:
-        """Carry and tape of both sides."""
+        """Carry, tape and what products see of both sides."""
         carry = (piece + self.work.batch) * self.cell.carries * self.hidden
-        return [n for n in (carry, piece * self.row) if n] * self.sides
+        masked = self.states(piece) * self.work.masked
+        return [n for n in (carry, piece * self.row, masked) if n] * self.sides
 
     def forward(self, width: int) -> tuple[list[int], list[int]]:
         """A layer: (what it holds until its backward, its output)."""
         memory, work, sides = self.memory, self.work, self.sides
         output = memory.take(self.states(self.count)) if sides == 1 else []
+        thinned = memory.take(*self.thinned)
         packed = memory.take(*self.packed(width))
         held: list[int] = []
         own: list[int] = []
@@ -124,8 +143,9 @@ class _Step:
                 chunk = min(piece, max(_CHUNK // self.row, HEIGHT)) * self.row
                 memory.give(memory.take(*[chunk] * sides))
                 memory.free(turned)
-                held += memory.take(work.batch * work.size * (1 + self.cell.carries) * sides)
-        memory.give(packed)
+                state = work.width + self.cell.carries * work.size
+                held += memory.take(work.batch * state * sides)
+        memory.give(packed + thinned)
         if sides > 1:
             output = memory.take(self.count * work.output)
             # The second side's, in the order of the first.
@@ -141,23 +161,28 @@ class _Step:
         memory, work, sides = self.memory, self.work, self.sides
         d_x = memory.take(self.count * width)
         packed = [] if self.whole else memory.take(*self.packed(width))
+        # Beside the weights their gradients, summed up apart and then once more.
+        packed += memory.take(*self.thinned * 3)
         for piece in reversed(self.pieces):
             again, turned = [], []
             if not self.whole:
                 again = memory.take(*self.run(piece), *[self.states(piece)] * sides)
                 turned = memory.make(piece * width) if sides > 1 else []
-            turned += memory.make(piece * work.size, piece * work.size) if sides > 1 else []
+            turned += memory.make(piece * work.width, piece * work.width) if sides > 1 else []
+            projected = []
+            if self.cell.projected:
+                projected = memory.take(*[piece * work.width] * sides)
             for order in (self.cell.order_h, self.cell.order_late):
-                back = len(order) * self.hidden * padded(work.size, work.dtype)
+                back = len(order) * self.hidden * padded(work.width, work.dtype)
                 memory.give(memory.take(*[back] * (sides if back else 0)))
             last = memory.take(self.cell.gates * self.hidden * padded(width, work.dtype))
-            scratch = self.threads * scratch_size(width, work.size, work.dtype)
+            scratch = self.threads * scratch_size(width, work.width, work.dtype)
             if sides > 1:
                 last += memory.take(piece * width)
             memory.free(memory.make(scratch))
             if sides > 1:
                 memory.free(memory.make(piece * width))
-            memory.give(again + last)
+            memory.give(again + last + projected)
             memory.free(turned)
         memory.give(packed)
         return d_x
@@ -170,10 +195,10 @@ def step_numbers(work: Work, threads: int) -> int:
     layers: list[list[int]] = []
     below: list[int] = []
     for layer, width in enumerate(work.widths):
-        if layer and work.dropout:
+        if work.dropout[layer > 0]:
             dropped = memory.take(step.count * width)
             # A whole layer holds its h, another only what the next one reads.
-            if step.whole and step.sides == 1:
+            if layer and step.whole and step.sides == 1:
                 layers[-1] += below
             else:
                 memory.give(below)
@@ -190,3 +215,25 @@ def step_numbers(work: Work, threads: int) -> int:
         memory.give(above + held)
         above = d_x
     return memory.most
+
+
+def piece_within(
+    budget_mb: float, steps: int, batch: int, bytes_of: Callable[..., int]
+) -> int | None:
+    """Steps of the longest pieces, halves of halves of all, whose training stays within a budget.
+
+    bytes_of  `Recurrent.training_bytes`
+    """
+    every, least = steps, None
+    while True:
+        found = bytes_of(steps, batch, checkpoint_every=every)
+        if found <= budget_mb * 1e6:
+            return None if every == steps else every
+        least = found if least is None else min(least, found)
+        # Shorter pieces take more and more states in between.
+        if every == 1 or found > 2 * least:
+            raise ValueError(
+                f"budget_mb: expected at least {least / 1e6:.1f} for {steps} steps of {batch} "
+                f"sequences, got {budget_mb:g}; take fewer sequences or shorter ones"
+            )
+        every = -(-every // 2)

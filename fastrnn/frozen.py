@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 
 class Frozen:
     """Runs a stack of layers whose weights are packed once; made by `LSTM.freeze` and its like.
@@ -39,6 +37,8 @@ class Frozen:
         *,
         resets: Any = None,
         vectors: Any = None,
-    ) -> tuple[np.ndarray, Any]:
+        return_gates: bool = False,
+    ) -> Any:
         """Run over a sequence: see `LSTM.__call__` and its like."""
-        return self._copy(x, state, lengths, resets=resets, vectors=vectors)
+        options: dict[str, Any] = {"resets": resets, "vectors": vectors}
+        return self._copy(x, state, lengths, return_gates=return_gates, **options)

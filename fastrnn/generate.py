@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from fastrnn.checks import as_array, as_number, as_size, as_token, as_tokens
-from fastrnn.dropout import random_bits
+from fastrnn.counter import random_bits
 from fastrnn.gemm import multiply
 from fastrnn.jit import helper, kernel
 from fastrnn.meeting import NOBODY, arrive, gather, together, wait
 from fastrnn.memory import empty
 from fastrnn.models import LanguageModel
+from fastrnn.noise import expected
 from fastrnn.pack import pack_transposed
 from fastrnn.parallel import parts_for, run
 from fastrnn.simd import at, flush_denormals, padded, restore_denormals, width_of
@@ -73,14 +74,14 @@ def _draw(logits, at, size, temperature, top_k, top_p, u, weights):
 
 @kernel
 def _generate(
-    part, parts, meeting, cell, columns, embedding, values, places, w_head, b_head,
+    part, parts, meeting, cell, fresh, columns, embedding, values, places, w_head, b_head,
     h, carry, tokens, x, s, logits, chances, greedy, temperature, top_k, top_p, seed, eos,
     out, counts, left,
 ):  # fmt: skip
     """Continue the sequences of one slice of the batch, or all on one slice of the units.
 
     embedding           (V, E) if the first layer does not take tokens, else (1, 0)
-    values, places      of all layers, see `fastrnn.stepper`
+    fresh, values, places   of all layers, see `fastrnn.stepper`
     h                   (2, layers, B, H), in turn before and after a step
     carry (layers, B, carries*Hp), tokens (B,): where they are; updated
     x, s, logits        (parts or 1, B, E), (B, columns), (B, V), scratch; chances (parts, V), too
@@ -124,7 +125,7 @@ def _generate(
         inputs = at(x, (mine * batch + first) * width)
         before, after = h[step % 2], h[(step + 1) % 2]
         done = advance(
-            cell, values, places, inputs, tokens, before, after, carry,
+            cell, size, fresh, values, places, inputs, tokens, before, after, carry,
             at(s, first * columns), columns, first, rows, low, high, meeting, part, parts, done,
         )  # fmt: skip
         if not draws:
@@ -209,7 +210,7 @@ def generate(
         _, state = model.rnn(x, state)
     rnn, dtype = model.rnn, model.dtype
     cell = rnn.cell
-    layers = [rnn._weights(i, rnn.params)[0][:5] for i in range(model.num_layers)]
+    layers = [rnn._weights(i, rnn.params)[0][:6] for i in range(model.num_layers)]
     hidden = model.hidden_size
     parts = parts_of_units(cell, length, batch, hidden, dtype)
     apart = parts > 1
@@ -240,6 +241,7 @@ def generate(
     columns = cell.tape * run_length
     arguments = (
         cell,
+        expected(rnn.zoneout, dtype),
         columns,
         embedding,
         *bound,

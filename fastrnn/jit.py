@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import io
 import os
 import pickle
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ import llvmlite.binding
 import numba.extending
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, config, sigutils
+from numba.core import cgutils, config, environment, sigutils
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
@@ -211,6 +213,29 @@ class _KernelCache(FunctionCache):
                 super().save_overload(sig, data)
 
 
+class _Unpickler(pickle.Unpickler):
+    """Of files of ours. Functions of a user's cell may come from a module that is not here."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numba.core.environment", "_rebuild_env"):
+            return _environment
+        return super().find_class(module, name)
+
+
+def _environment(module: str, consts: Any, name: str) -> Any:
+    """The globals of a compiled function; Numba's own would import the module to have them.
+
+    Our compiled code never looks at them.
+    """
+    found = environment.lookup_environment(name)
+    if found is None:
+        names = vars(sys.modules[module]) if module in sys.modules else {"__name__": module}
+        found = environment.Environment(names)
+        found.consts[:], found.env_name = consts, name
+        environment.Environment._memo[name] = found
+    return found
+
+
 class _Files:
     """One file per key in `directory`: base, hash of the sources, hash of the key."""
 
@@ -233,7 +258,7 @@ class _Files:
             return None
         if hashlib.sha256(content[32:]).digest() != content[:32]:
             return None
-        return pickle.loads(content[32:])
+        return _Unpickler(io.BytesIO(content[32:])).load()
 
     def save(self, key: Any, data: Any) -> None:
         path = self._path(key)

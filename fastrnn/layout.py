@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fastrnn import rows
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -63,6 +65,14 @@ class Layout:
         return len(self.rows)
 
     @functools.cached_property
+    def who(self) -> np.ndarray:
+        """(C,): which sequence each column is of; of columns without steps: any."""
+        who = np.zeros(self.columns, int)
+        begun = self.source[: self.starts[2] - self.starts[1]] if self.steps else self.source
+        who[: len(begun)] = begun % self.batch
+        return who
+
+    @functools.cached_property
     def _place(self) -> tuple[np.ndarray, np.ndarray]:
         """(step, column) of each row."""
         step = np.repeat(np.arange(self.steps), np.diff(self.starts[1:]))
@@ -81,12 +91,14 @@ class Layout:
         step, column = self._place
         length = np.diff(self.ends)
         first = np.arange(self.columns)[self.first]
-        time, who = np.divmod(self.source[self.flip] - self.begin, self.batch)
-        rows = _ordered(time * self.batch + who)
+        source = self.source[self.flip]
+        order = _ordered(source - self.begin)
         return replace(
             self,
-            rows=rows,
-            before=(self.starts[step] + column)[rows],
+            plain=False,
+            source=source,
+            rows=order,
+            before=(self.starts[step] + column)[order],
             fresh=self.ended,
             ended=self.fresh,
             first=self.final,
@@ -103,14 +115,16 @@ class Layout:
 
     def gather(self, array: np.ndarray) -> np.ndarray:
         """The rows of the caller's (T*B, ...) array that are steps, in their order."""
-        return array[self.begin : self.begin + self.count] if self.plain else array[self.source]
+        if self.plain:
+            return array[self.begin : self.begin + self.count]
+        return rows.gather(self.source, array)
 
-    def scatter(self, rows: np.ndarray, array: np.ndarray) -> None:
+    def scatter(self, values: np.ndarray, array: np.ndarray) -> None:
         """The opposite."""
         if self.plain:
-            array[self.begin : self.begin + self.count] = rows
+            array[self.begin : self.begin + self.count] = values
         else:
-            array[self.source] = rows
+            rows.scatter(self.source, values, array)
 
 
 @functools.lru_cache(maxsize=32)
@@ -163,7 +177,7 @@ def of_lengths(
     column = np.arange(len(step)) - (starts[1:-1] - len(order))[step]
     time, who = begin[column] + step, sequence[column]
     source = time * batch + who
-    rows = _ordered((lengths.max() - 1 - time) * batch + who)
+    summed = _ordered((lengths.max() - 1 - time) * batch + who)
     before = starts[step] + column
     entry, final = np.empty(batch, int), np.empty(batch, int)
     number = np.arange(len(order))
@@ -177,8 +191,8 @@ def of_lengths(
         source + origin,
         starts,
         np.concatenate([[0], np.cumsum(length)]),
-        rows,
-        before[rows],
+        summed,
+        before[summed],
         None if resets is None else resets[0] & (lengths > 0),
         ended,
         _in_order(entry),

@@ -10,17 +10,20 @@ import numpy as np
 
 from fastrnn.checks import as_choice, as_dtype, as_number, as_seed, as_size, as_tokens
 from fastrnn.dense import Embedding, Linear
-from fastrnn.dropout import dropout
-from fastrnn.layers import GRU, LSTM, RNN, State
+from fastrnn.dropout import dropout, rows_mask
+from fastrnn.layers import GRU, LSTM, RNN
 from fastrnn.loss import softmax_cross_entropy, token_losses
 from fastrnn.memory import empty
 from fastrnn.module import Module, Params, new_grads
+from fastrnn.recurrent import State
 
 CELL_NAMES = ("lstm", "gru", "rnn")
 # How much larger than those of a Linear the head's weights start: it learns faster so.
 _HEAD = 4
-# Seeds of one step: one for each layer, the last for the dropout before the head.
+# Seeds of one step: one for each layer, the last two for the embedding and before the head.
 SEEDS = 256
+# Chances of what is drawn in training, and whether masks are locked.
+_DRAWN = ("input_dropout", "embedding_dropout", "recurrent_dropout", "weight_dropout", "zoneout")
 # Numbers of logits that are worked on at a time where no gradient is wanted.
 _LOGITS = 1 << 22
 # Up to this vocabulary, training takes an embedding and the weights after it in one product for
@@ -38,6 +41,9 @@ class LanguageModel(Module):
     embedding_size  E, width of an embedding before the first layer; 0: the first layer takes tokens
     dropout         probability between layers and before the logits, in training (Zaremba et al.
                     2014, arXiv:1409.2329v5)
+    embedding_dropout   of whole vectors (Gal and Ghahramani 2016, arXiv:1512.05287)
+    input_dropout, locked_dropout, recurrent_dropout, weight_dropout, zoneout
+                    as in `Recurrent`; locked_dropout also before the logits
     dtype           float32 or float64
     seed            draws the initial weights: PyTorch's, the head's up to +-4/sqrt(H)
 
@@ -53,6 +59,12 @@ class LanguageModel(Module):
         num_layers: int = 1,
         embedding_size: int = 0,
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        locked_dropout: bool = False,
         dtype: Any = np.float32,
         seed: int | None = None,
     ) -> None:
@@ -60,10 +72,18 @@ class LanguageModel(Module):
         self.hidden_size = as_size("hidden_size", hidden_size)
         self.cell = as_choice("cell", cell, CELL_NAMES)
         self.num_layers = as_size("num_layers", num_layers)
-        if self.num_layers >= SEEDS:
-            raise ValueError(f"num_layers: expected at most {SEEDS - 1}, got {num_layers}")
+        if self.num_layers > SEEDS - 2:
+            raise ValueError(f"num_layers: expected at most {SEEDS - 2}, got {num_layers}")
         self.embedding_size = as_size("embedding_size", embedding_size, 0)
         self.dropout = as_number("dropout", dropout, 0, 1)
+        self.input_dropout = as_number("input_dropout", input_dropout, 0, 1)
+        self.embedding_dropout = as_number("embedding_dropout", embedding_dropout, 0, 1)
+        for name in ("input_dropout", "embedding_dropout"):
+            if getattr(self, name) and not self.embedding_size:
+                raise ValueError(
+                    f"{name}: expected 0 without an embedding, got {getattr(self, name)}; "
+                    "give embedding_size, too"
+                )
         self.dtype = as_dtype(dtype)
         seeds = [int(s) for s in np.random.default_rng(as_seed(seed)).integers(2**63, size=3)]
         self.embedding = None
@@ -77,6 +97,11 @@ class LanguageModel(Module):
             hidden_size,
             num_layers,
             dropout=self.dropout,
+            input_dropout=self.input_dropout,
+            recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            locked_dropout=locked_dropout,
             dtype=self.dtype,
             seed=seeds[1],
         )
@@ -102,6 +127,12 @@ class LanguageModel(Module):
             "num_layers": self.num_layers,
             "embedding_size": self.embedding_size,
             "dropout": self.dropout,
+            "input_dropout": self.input_dropout,
+            "embedding_dropout": self.embedding_dropout,
+            "recurrent_dropout": self.rnn.recurrent_dropout,
+            "weight_dropout": self.rnn.weight_dropout,
+            "zoneout": self.rnn.zoneout,
+            "locked_dropout": self.rnn.locked_dropout,
             "dtype": str(self.dtype),
         }
 
@@ -149,7 +180,8 @@ class LanguageModel(Module):
 
         tokens, targets  integers (T, B); target t is the token after t
         state            carried from the piece before; zeros by default. No gradient flows into it
-        seed             of the dropout masks: layer l uses seed + l, the head seed + 255
+        seed             of all that is drawn: layer l uses seed + l, the embedding seed + 254, the
+                         head seed + 255
         grads            gradients to add to; zeros by default
         Returns the mean loss in nats, the gradients by the keys of `params`, the state after.
         """
@@ -160,19 +192,29 @@ class LanguageModel(Module):
             for name, part in self._parts.items()
         }
         ids = self._tokens("tokens", tokens)
-        x, vectors = self._embed(ids, self.vocab_size <= _FEW)
+        x, vectors = self._embed(ids, self.vocab_size <= _FEW and not self.input_dropout)
+        kept = None
+        if self.embedding_dropout:
+            kept = rows_mask(self.vocab_size, self.embedding_dropout, seed + SEEDS - 2, self.dtype)
+            if vectors is None:
+                x = x * kept[ids]
+            else:
+                vectors = vectors * kept
         y, state, saved = self.rnn.forward(x, state, seed=seed, vectors=vectors)
         if self.dropout:
             dropped = empty(y.shape, self.dtype)
-            dropout(y, self.dropout, seed + SEEDS - 1, dropped)
+            locked = self.rnn.locked_dropout
+            dropout(y, self.dropout, seed + SEEDS - 1, dropped, locked=locked)
             y = dropped
         logits, y = self.head.forward(y)
         targets = self._tokens("targets", targets, ids.shape)
         loss, d_logits = softmax_cross_entropy(logits, targets, inplace=True)
         d_y: Any = self.head.backward(y, d_logits, parts["head"])[0]
         if self.dropout:
-            dropout(d_y, self.dropout, seed + SEEDS - 1, d_y)
+            dropout(d_y, self.dropout, seed + SEEDS - 1, d_y, locked=locked)
         d_x, _, _ = self.rnn.backward(saved, d_y, grads=parts["rnn"])
+        if kept is not None:
+            d_x *= kept if vectors is not None else kept[ids]
         if vectors is not None:
             parts["embedding"]["weight"] += d_x
         elif self.embedding is not None:
@@ -196,8 +238,8 @@ def _shapes(
     """The shapes of the `params` of a model that need not exist."""
     gates = {"lstm": 4, "gru": 3, "rnn": 1}
     rows = gates[as_choice("cell", cell, CELL_NAMES)] * hidden_size
-    if not 1 <= num_layers < SEEDS:
-        raise ValueError(f"num_layers: expected 1 to {SEEDS - 1}, got {num_layers}")
+    if not 1 <= num_layers <= SEEDS - 2:
+        raise ValueError(f"num_layers: expected 1 to {SEEDS - 2}, got {num_layers}")
     shapes = {"head.weight": (vocab_size, hidden_size), "head.bias": (vocab_size,)}
     if embedding_size:
         shapes["embedding.weight"] = (vocab_size, embedding_size)
@@ -215,6 +257,9 @@ def model_from_config(
 ) -> LanguageModel:
     """The model of `LanguageModel.config` with these weights; both are checked strictly."""
     wanted = LanguageModel(1, 1).config()
+    if isinstance(config, Mapping):
+        # Models of version 0.1.0 know nothing of these.
+        config = {name: wanted[name] for name in (*_DRAWN, "locked_dropout")} | dict(config)
     if not isinstance(config, Mapping) or set(config) != set(wanted):
         raise ValueError(f"model: expected the keys {sorted(wanted)}, got {config!r:.200}")
     for key, example in wanted.items():

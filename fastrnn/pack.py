@@ -158,7 +158,7 @@ def _pack_table(
 class Packed(NamedTuple):
     """The weights of a layer as the recurrence takes them, all in one array.
 
-    values  W_x, W_h, the late rows of W_h, bias, vectors
+    values  W_x, W_h, the late rows of W_h, bias, vectors, projection, zeros as its bias
     places  width of the input (0: tokens), and where in `values` each of these begins
     """
 
@@ -172,7 +172,8 @@ def pack_layer(
     w_h: np.ndarray,
     b_x: np.ndarray | None,
     b_h: np.ndarray | None,
-    v: np.ndarray | None,
+    v: list[np.ndarray] | None,
+    r: np.ndarray | None,
     *,
     tokens: bool,
     apart: bool,
@@ -180,7 +181,8 @@ def pack_layer(
 ) -> Packed:
     """Everything forward needs of a layer.
 
-    v       the cell's vectors (vectors, H)
+    v       the cell's vectors, arrays (n, H)
+    r       its projection (P, H)
     tokens  W_x as rows to be gathered, of tokens or, with `table` (V, I), of what they stand for
     apart   for slices of the units
     """
@@ -189,7 +191,7 @@ def pack_layer(
     kinds = None if table is None else len(table)
     places, end = _places(cell, inputs, kinds, size, width, dtype, tokens)
     values = empty(end, dtype)
-    _, x, h, late, bias, own = places.tolist()
+    _, x, h, late, bias, own, out, none = places.tolist()
     _pack_bias(cell, size, b_x, b_h, values[bias:own])
     if table is None:
         only = apart and not tokens
@@ -199,10 +201,13 @@ def pack_layer(
     pack_transposed(w_h, cell.order_h, size=size, apart=apart, packed=values[h:late])
     if cell.order_late:
         pack_transposed(w_h, cell.order_late, size=size, apart=apart, packed=values[late:bias])
-    if cell.vectors:
-        runs = values[own:].reshape(cell.vectors, -1)
+    if v is not None:
+        runs = values[own:out].reshape(cell.vectors, -1)
         runs[:, size:] = 0
-        runs[:, :size] = v
+        np.concatenate(v, out=runs[:, :size])
+    if r is not None:
+        pack_transposed(r, (0,), size=width, packed=values[out:none])
+        values[none:] = 0
     return Packed(values, places)
 
 
@@ -218,5 +223,7 @@ def _places(
         cell.tape,
         cell.vectors,
     )
-    *ends, end = itertools.accumulate(count * padded(size, dtype) for count in counts)
+    numbers = [count * padded(size, dtype) for count in counts]
+    projected = padded(width, dtype) if cell.projected else 0
+    *ends, end = itertools.accumulate([*numbers, size * projected, projected])
     return np.array([0 if tokens else inputs, 0, *ends], np.int64), end

@@ -23,6 +23,7 @@ from numba.extending import overload
 
 from fastrnn.cells.cell import (
     backward,
+    backward_normed,
     backward_operand,
     backward_vectors,
     into_of,
@@ -31,9 +32,11 @@ from fastrnn.cells.cell import (
     load_tape,
     load_trained,
     load_vectors,
+    normed_carry_of,
     of_h,
     of_x,
     operand_of,
+    projected_of,
     store_runs,
     tail_of,
     tape_of,
@@ -41,7 +44,18 @@ from fastrnn.cells.cell import (
 from fastrnn.gemm import accumulate, multiply, panel_scratch, scatter, strip_scratch
 from fastrnn.jit import helper, kernel
 from fastrnn.meeting import arrive, gather, wait
-from fastrnn.row import fill_tail, first_half, gather_input, second_half
+from fastrnn.noise import (
+    fed_by,
+    mask_row,
+    multiply_back,
+    passing,
+    room,
+    settle,
+    staying,
+    weigh,
+)
+from fastrnn.norm import back, back_carry, normalise, normalise_carry
+from fastrnn.row import fill_tail, first_half, gather_input, project, second_half
 from fastrnn.simd import (
     at,
     flush_denormals,
@@ -50,7 +64,9 @@ from fastrnn.simd import (
     load_n,
     restore_denormals,
     store,
+    store_n,
     width_of,
+    zero,
 )
 from fastrnn.units import multiply_units, units_of
 
@@ -135,18 +151,29 @@ def _project_overload(
     return tokens if isinstance(x.dtype, types.Integer) else dense
 
 
+@helper
+def _note(flow, place, total, n):
+    """Keep a register of the gradient of h, if that is asked for."""
+    if flow is not None:
+        store_n(flow, place, total, n)
+
+
 @kernel
 def forward_slice(
-    part, parts, meeting, cell, chunk, keep, starts, ends, x, values, places, h, carry, tape
-):
-    """Fill h, carry and tape for the part'th slice; keep is 1 with a tape, else 0."""
+    part, parts, meeting, cell, size, chunk, keep, starts, ends, x, values, places,
+    h, carry, tape, stats, drawn,
+):  # fmt: skip
+    """Fill h, carry and tape for the part'th slice; keep is 1 with a tape, else 0.
+
+    stats  (rows of the tape, 3) with normalisation, 1 / deviations of a row; else None
+    """
     if meeting.size > 0:
         parts = gather(meeting, part, parts)
         if parts == 0:
             return
     mode = flush_denormals()
     steps = starts.size - 2
-    size = h.shape[1]
+    width = h.shape[1]
     w = width_of(h)
     row = tape.shape[1]
     run = row // tape_of(cell)
@@ -158,6 +185,7 @@ def forward_slice(
     apart = meeting.size > 0
     together = apart and parts > 1
     meetings = 1 + late_of(cell)
+    fed, fresh = fed_by(drawn, h), room(drawn, h)
     # Others may be in another chunk: no row is theirs now and then.
     slots = 0 if keep else ends.size - 1
     for start in range(0, steps, chunk):
@@ -165,6 +193,11 @@ def forward_slice(
         _project(
             cell, x, starts, start, length, first, columns, low, high, apart, w_x, bias, tape, slots
         )
+        if stats is not None:
+            for t in range(start, start + length):
+                here = _tape_row(starts, t, start, slots) + first
+                for r in range(here, here + _active(starts, t, first, columns)):
+                    stats[r, 0] = normalise(at(tape, r * row), of_x(cell), size, run)
         for t in range(start, start + length):
             rows = _active(starts, t, first, columns)
             # Rows of the tape, and of the states before and after.
@@ -177,18 +210,27 @@ def forward_slice(
                 wait(meeting, parts, t * meetings)
             s = at(tape, here * row + tail_of(cell) * run)
             multiply_units(
-                apart, of_h(cell), run, low, high, 1, rows, size,
-                at(h, old * size), size, 0, w_h, s, row, s, row, 0,
+                apart, of_h(cell), run, low, high, 1, rows, width,
+                at(fed, old * width), width, 0, w_h, s, row, s, row, 0,
             )  # fmt: skip
+            if stats is not None:
+                for r in range(here, here + rows):
+                    into = at(tape, r * row + tail_of(cell) * run)
+                    stats[r, 1] = normalise(into, of_h(cell), size, run)
             for r in range(rows):
-                before, after, s = (old + r) * size, (new + r) * size, at(tape, (here + r) * row)
+                before, after, s = (old + r) * width, (new + r) * width, at(tape, (here + r) * row)
                 c_before, c_after = (c_old + r) * carry_row, (c_new + r) * carry_row
                 first_half(cell, low, end, size, run, h, before, v, s, carry, c_before, c_after)
+                if stats is not None and normed_carry_of(cell) == 1:
+                    stats[here + r, 2] = normalise_carry(cell, s, size, run, carry, c_after)
                 if late_of(cell) == 0:
                     second_half(
                         cell, low, end, size, run, h, before, h, after, v, s, carry, c_after
                     )
             if late_of(cell) == 1:
+                for r in range(rows):
+                    m = at(tape, (here + r) * row + operand_of(cell) * run)
+                    mask_row(drawn, first + r, low, end, m)
                 if together:
                     arrive(meeting, part, t * meetings + 1)
                     wait(meeting, parts, t * meetings + 1)
@@ -198,11 +240,17 @@ def forward_slice(
                     apart, 1, run, low, high, 1, rows, size, m, row, 0, w_late, s, row, s, row, 0
                 )
                 for r in range(rows):
-                    before, after = (old + r) * size, (new + r) * size
+                    before, after = (old + r) * width, (new + r) * width
                     s, c_after = at(tape, (here + r) * row), (c_new + r) * carry_row
                     second_half(
                         cell, low, end, size, run, h, before, h, after, v, s, carry, c_after
                     )
+            if projected_of(cell) == 1:
+                project(cell, rows, size, row, at(tape, here * row), values, places, h, new * width)
+            step = starts[t + 1] - starts[1] + first
+            for r in range(rows):
+                before, after = (old + r) * width, (new + r) * width
+                settle(drawn, low, min(high, width), h, before, after, step + r, first + r, fresh)
             if together:
                 arrive(meeting, part, (t + 1) * meetings)
     restore_denormals(mode)
@@ -210,15 +258,18 @@ def forward_slice(
 
 @kernel
 def backward_slice(
-    part, parts, meeting, cell, starts, ends, d_output, w_h, w_late, zeros, v,
-    h, carry, tape, d_h, d_carry, d_m,
+    part, parts, meeting, cell, size, starts, ends, d_output, w_h, w_late, w_r, zeros, v,
+    h, carry, tape, stats, d_h, d_carry, d_m, d_s, d_r, drawn, flow,
 ):  # fmt: skip
     """Turn the tape into gradients of the gates, for the part'th slice.
 
     d_output  (N, H), or (1, H): the same for all
-    w_h, w_late   packed by `pack`; zeros (Hp,); v as in `pack_layer`
+    w_h, w_late, w_r   packed by `pack`; zeros (Hp,); v as in `pack_layer`
     d_h, d_carry  (C, Hp), (C, carries*Hp): gradient of the final state in, of the initial state out
-    d_m       (C, Hp) with a late product: scratch
+    d_m       (C, Hp) with a late product, a projection, a mask or normalisation: scratch
+    d_s       (C, G*Hp) with normalisation: scratch, zeros in the padding
+    d_r       (N, P) with a projection: filled with the gradients of what it gives
+    flow      (N, H), filled with the gradients of h at each step, or None
     """
     if meeting.size > 0:
         parts = gather(meeting, part, parts)
@@ -226,42 +277,83 @@ def backward_slice(
             return
     mode = flush_denormals()
     steps = starts.size - 2
-    size = h.shape[1]
+    width = h.shape[1]
     w = width_of(h)
     row = tape.shape[1]
     run = row // tape_of(cell)
     depth = of_h(cell) * run
-    carry_row = carry.shape[1]
+    carry_row, wide = carry.shape[1], d_h.shape[1]
     first, columns, low, high = _slice(part, parts, meeting, ends, size, w)
     together = meeting.size > 0 and parts > 1
     meetings = 1 + late_of(cell)
     end = min(high, size)
-    d_row = size if d_output.shape[0] == tape.shape[0] else 0
+    sees = 1 - projected_of(cell)
+    fresh = room(drawn, h)
+    d_row = width if d_output.shape[0] == tape.shape[0] else 0
     for t in range(steps - 1, -1, -1):
         rows = _active(starts, t, first, columns)
         here = starts[t + 1] - starts[1] + first
         old, new = starts[t] + first, starts[t + 1] + first
         met = (steps - 1 - t) * meetings
+        if projected_of(cell) == 1:
+            for r in range(rows):
+                b = first + r
+                weigh(drawn, here + r, 0, width, fresh)
+                for u in range(0, width, w):
+                    total = load(d_h, b * wide + u)
+                    total = total + load_n(d_output, (here + r) * d_row + u, width - u)
+                    _note(flow, (here + r) * width + u, total, width - u)
+                    passed = passing(drawn, fresh, u, total)
+                    store_n(d_r, (here + r) * width + u, passed, width - u)
+                    store(d_h, b * wide + u, staying(drawn, fresh, u, total, zero(total)))
+            multiply(
+                1, rows, size, width, at(d_r, here * width), width, 0, at(w_r, 0),
+                at(zeros, 0), 0, at(d_m, first * run), run, 0,
+            )  # fmt: skip
         for r in range(rows):
-            before, after = (old + r) * size, (new + r) * size
+            before, after = (old + r) * width, (new + r) * width
             c_before, c_after = (old + r) * carry_row, (new + r) * carry_row
             kept = (here + r) * row
             b = first + r
+            if projected_of(cell) == 0:
+                weigh(drawn, here + r, low, end, fresh)
+            if stats is not None and normed_carry_of(cell) == 1:
+                for u in range(low, end, w):
+                    gradient = load_n(d_output, (here + r) * d_row + u, size - u)
+                    total = load(d_h, b * run + u) + gradient
+                    d_tape, d_normed = backward_normed(
+                        cell,
+                        load_tape(cell, tape, kept + u, run),
+                        passing(drawn, fresh, u, total),
+                        load_vectors(cell, v, u, run),
+                    )
+                    store_runs(tape, kept + u, run, d_tape)
+                    store(d_m, b * run + u, d_normed)
+                s, d = at(tape, kept), at(d_m, b * run)
+                back_carry(cell, s, size, run, d, stats[here + r, 2], d_carry, b * carry_row)
             for u in range(low, end, w):
-                gradient = load_n(d_output, (here + r) * d_row + u, size - u)
+                if projected_of(cell) == 1:
+                    total = load_n(d_m, b * run + u, size - u)
+                    passed = total
+                else:
+                    gradient = load_n(d_output, (here + r) * d_row + u, size - u)
+                    total = load(d_h, b * run + u) + gradient
+                    _note(flow, (here + r) * size + u, total, size - u)
+                    passed = passing(drawn, fresh, u, total)
                 d_gates, d_h_prev, d_carry_prev = backward(
                     cell,
                     load_tape(cell, tape, kept + u, run),
-                    load_n(h, before + u, size - u),
-                    load_n(h, after + u, size - u),
+                    load_n(h, before + u, (size - u) * sees),
+                    load_n(h, after + u, (size - u) * sees),
                     load_carry(cell, carry, c_before + u, run),
                     load_carry(cell, carry, c_after + u, run),
-                    load(d_h, b * run + u) + gradient,
+                    passed,
                     load_carry(cell, d_carry, b * carry_row + u, run),
                     load_vectors(cell, v, u, run),
                 )
                 store_runs(tape, kept + u, run, d_gates)
-                store(d_h, b * run + u, d_h_prev)
+                if projected_of(cell) == 0:
+                    store(d_h, b * run + u, staying(drawn, fresh, u, total, d_h_prev))
                 store_runs(d_carry, b * carry_row + u, run, d_carry_prev)
         if late_of(cell) == 1:
             if together:
@@ -274,6 +366,7 @@ def backward_slice(
             )  # fmt: skip
             for r in range(rows):
                 kept, b = (here + r) * row, first + r
+                mask_row(drawn, b, low, end, at(d_m, b * run))
                 for u in range(low, end, w):
                     d_gates, more = backward_operand(
                         cell,
@@ -283,12 +376,18 @@ def backward_slice(
                     )
                     store_runs(tape, kept + u, run, d_gates)
                     store(d_h, b * run + u, load(d_h, b * run + u) + more)
-        d_a = at(tape, here * row + tail_of(cell) * run)
+        d_a, d_a_row = at(tape, here * row + tail_of(cell) * run), row
+        if stats is not None:
+            d_a, d_a_row = at(d_s, first * depth), depth
+            for r in range(rows):
+                s, into = at(tape, (here + r) * row), at(d_s, (first + r) * depth)
+                back(cell, 1, s, size, run, v, stats[here + r, 1], into)
         if together:
             arrive(meeting, part, met + meetings)
             wait(meeting, parts, met + meetings)
-        c = at(d_h, first * run + low)
-        multiply(1, rows, end - low, depth, d_a, row, 0, at(w_h, low * depth), c, run, c, run, 0)
+        n = width if projected_of(cell) == 1 else end - low
+        p = at(w_h, low * depth)
+        multiply_back(drawn, first, rows, low, n, depth, d_a, d_a_row, p, zeros, d_m, d_h)
     restore_denormals(mode)
 
 
@@ -297,7 +396,7 @@ def _input_gradient(part, parts, x, tape, n, w_x, zeros, d_x):
 
 
 def _weight_gradients(
-    part, parts, tail, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+    part, parts, tail, size, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
 ):  # fmt: skip
     """Add to the gradients of weights and biases, for a slice of gate blocks."""
 
@@ -344,10 +443,11 @@ def _first_block(part, parts, order, runs, blocks, m_x, m_h):
 
 @helper
 def _add_both(
-    part, parts, tail, rows, before, x, m_x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+    part, parts, tail, size, rows, before, x, m_x, h, tape, order_x, order_h,
+    d_w_x, d_w_h, d_b_x, d_b_h,
 ):  # fmt: skip
     """`accumulate` for W_x (if m_x is not 0) and W_h."""
-    size = h.shape[1]
+    width = h.shape[1]
     w = width_of(h)
     blocks = (size + w - 1) // w
     runs = max(order_x.size, tail + order_h.size)
@@ -355,13 +455,13 @@ def _add_both(
     if m_x:
         order[: order_x.size] = order_x
     order[runs + tail : runs + tail + order_h.size] = order_h
-    first = _first_block(part, parts, order, runs, blocks, m_x, size)
-    end = _first_block(part + 1, parts, order, runs, blocks, m_x, size)
-    panel, strips = panel_scratch(h, m_x, size), strip_scratch(h)
+    first = _first_block(part, parts, order, runs, blocks, m_x, width)
+    end = _first_block(part + 1, parts, order, runs, blocks, m_x, width)
+    panel, strips = panel_scratch(h, m_x, width), strip_scratch(h)
     accumulate(
         rows.size, at(rows, 0), at(before, 0), at(tape, 0), tape.shape[1], size, runs, at(order, 0),
         first, end, at(x, 0), m_x, at(d_w_x, 0), at(d_b_x, 0),
-        at(h, 0), size, size, at(d_w_h, 0), at(d_b_h, 0), at(panel, 0), at(strips, 0),
+        at(h, 0), width, width, at(d_w_h, 0), at(d_b_h, 0), at(panel, 0), at(strips, 0),
     )  # fmt: skip
     keep_alive(order)
     keep_alive(panel)
@@ -370,25 +470,27 @@ def _add_both(
 
 @overload(_weight_gradients)
 def _weight_gradients_overload(
-    part, parts, tail, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+    part, parts, tail, size, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
 ):  # fmt: skip
     def dense(
-        part, parts, tail, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+        part, parts, tail, size, rows, before, x, h, tape, order_x, order_h,
+        d_w_x, d_w_h, d_b_x, d_b_h,
     ):  # fmt: skip
         _add_both(
-            part, parts, tail, rows, before, x, x.shape[1], h, tape, order_x, order_h,
+            part, parts, tail, size, rows, before, x, x.shape[1], h, tape, order_x, order_h,
             d_w_x, d_w_h, d_b_x, d_b_h,
         )  # fmt: skip
 
     def tokens(
-        part, parts, tail, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
+        part, parts, tail, size, rows, before, x, h, tape, order_x, order_h,
+        d_w_x, d_w_h, d_b_x, d_b_h,
     ):  # fmt: skip
         w = width_of(h)
         n = d_b_x.size
         first, end = n // w * part // parts * w, n // w * (part + 1) // parts * w
         scatter(x, rows, tape, 0, tape.shape[1], n, first, end, d_w_x, d_b_x)
         _add_both(
-            part, parts, tail, rows, before, h, 0, h, tape, order_x, order_h,
+            part, parts, tail, size, rows, before, h, 0, h, tape, order_x, order_h,
             d_w_h, d_w_h, d_b_h, d_b_h,
         )  # fmt: skip
 
@@ -418,31 +520,60 @@ def _add_late(part, parts, operand, into, rows, h, tape, order, d_w_h, d_b_h):
 
 @kernel
 def gradients(
-    part, parts, tail, operand, into, rows, before, x, h, tape, order_x, order_h, order_late,
+    part, parts, tail, operand, into, size, rows, before, x, h, tape, order_x, order_h, order_late,
     w_x, zeros, d_x, d_w_x, d_w_h, d_b_x, d_b_h,
 ):  # fmt: skip
-    """Add the gradients of all weights, and fill d_x, from the gate gradients on the tape.
+    """Add the gradients of W_x and W_h, and fill d_x, from the gate gradients on the tape.
+
+    h as products saw it.
 
     Dense input: d_w_x (G*H, I), d_b_x (G*H,) in the weights' order of gates; d_x (N, I) or (0, I)
     if it is not wanted; w_x packed by `pack`. Tokens: d_w_x (V, G*Hp), d_b_x (G*Hp,) in the tape's.
     """
     mode = flush_denormals()
     _weight_gradients(
-        part, parts, tail, rows, before, x, h, tape, order_x, order_h, d_w_x, d_w_h, d_b_x, d_b_h
-    )
+        part, parts, tail, size, rows, before, x, h, tape, order_x, order_h,
+        d_w_x, d_w_h, d_b_x, d_b_h,
+    )  # fmt: skip
     if order_late.size > 0:
         _add_late(part, parts, operand, into, rows, h, tape, order_late, d_w_h, d_b_h)
     w = width_of(h)
-    run = (h.shape[1] + w - 1) // w * w
+    run = (size + w - 1) // w * w
     _input_gradient(part, parts, x, tape, order_x.size * run, w_x, zeros, d_x)
     restore_denormals(mode)
 
 
 @kernel
-def vector_gradients(part, parts, cell, rows, before, h, carry, tape, d_v):
+def projection_gradients(part, parts, size, rows, d_r, tape, registers, d_w_r):
+    """Add to the gradient (P, H) of a projection, from d_r (N, P) and the last register of a row.
+
+    H is `size`.
+    """
+    mode = flush_denormals()
+    row, width = tape.shape[1], d_r.shape[1]
+    w = width_of(d_r)
+    blocks = (width + w - 1) // w
+    first, end = blocks * part // parts, blocks * (part + 1) // parts
+    places, sums = np.array([-1, 0]), np.zeros(width, d_r.dtype)
+    panel, strips = panel_scratch(d_r, 0, size), strip_scratch(d_r)
+    accumulate(
+        rows.size, at(rows, 0), at(rows, 0), at(d_r, 0), width, width, 1, at(places, 0), first, end,
+        at(d_r, 0), 0, at(d_w_r, 0), at(sums, 0),
+        at(tape, row // registers * (registers - 1)), row, size, at(d_w_r, 0), at(sums, 0),
+        at(panel, 0), at(strips, 0),
+    )  # fmt: skip
+    keep_alive(places)
+    keep_alive(sums)
+    keep_alive(panel)
+    keep_alive(strips)
+    restore_denormals(mode)
+
+
+@kernel
+def vector_gradients(part, parts, cell, size, rows, before, h, carry, tape, d_v):
     """Add to the gradients (trained*Hp) of a cell's vectors, for the part'th slice of the units."""
     mode = flush_denormals()
-    size = h.shape[1]
+    width, n = h.shape[1], size * (1 - projected_of(cell))
     w = width_of(h)
     row, carry_row = tape.shape[1], carry.shape[1]
     run = row // tape_of(cell)
@@ -456,8 +587,8 @@ def vector_gradients(part, parts, cell, rows, before, h, carry, tape, d_v):
                 cell,
                 total,
                 load_tape(cell, tape, rows[j] * row + u, run),
-                load_n(h, old * size + u, size - u),
-                load_n(h, new * size + u, size - u),
+                load_n(h, old * width + u, n - u),
+                load_n(h, new * width + u, n - u),
                 load_carry(cell, carry, old * carry_row + u, run),
                 load_carry(cell, carry, new * carry_row + u, run),
             )

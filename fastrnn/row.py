@@ -1,4 +1,4 @@
-"""A row of a step, one sequence's: how its sums begin, and the two halves of the cell.
+"""A row of a step, one sequence's: how its sums begin, the halves of the cell, what follows.
 
 s is the row, at its first register; `low` to `high` (or `end`, without padding) are the units of a
 part, `run` is Hp; places in other arrays count elements.
@@ -13,11 +13,14 @@ from fastrnn.cells.cell import (
     load_vectors,
     of_x,
     output,
+    projected_of,
     store_runs,
     sums_of,
+    tape_of,
 )
+from fastrnn.gemm import multiply
 from fastrnn.jit import helper
-from fastrnn.simd import load, load_n, store, store_n, width_of
+from fastrnn.simd import at, load, load_n, store, store_n, width_of
 
 
 @helper
@@ -44,7 +47,7 @@ def first_half(cell, low, end, size, run, h, before, v, s, carry, c_before, c_af
         tape_new, carry_new = gates(
             cell,
             load_tape(cell, s, u, run),
-            load_n(h, before + u, size - u),
+            load_n(h, before + u, (size - u) * (1 - projected_of(cell))),
             load_carry(cell, carry, c_before + u, run),
             load_vectors(cell, v, u, run),
         )
@@ -54,14 +57,28 @@ def first_half(cell, low, end, size, run, h, before, v, s, carry, c_before, c_af
 
 @helper
 def second_half(cell, low, end, size, run, h, before, h_new, after, v, s, carry, c_after):
-    """`output`."""
+    """`output`; what is to be projected stays in s."""
     for u in range(low, end, width_of(h)):
         h_next, tape_new = output(
             cell,
             load_tape(cell, s, u, run),
-            load_n(h, before + u, size - u),
+            load_n(h, before + u, (size - u) * (1 - projected_of(cell))),
             load_carry(cell, carry, c_after + u, run),
             load_vectors(cell, v, u, run),
         )
         store_runs(s, u, run, tape_new)
-        store_n(h_new, after + u, h_next, size - u)
+        store_n(h_new, after + u, h_next, (size - u) * (1 - projected_of(cell)))
+
+
+@helper
+def project(cell, rows, size, row, s, values, places, h_new, after):
+    """h (..., P), from `after` on, of that many rows at s, `row` apart, if it is projected.
+
+    values, places  by `pack_layer`
+    """
+    width = h_new.shape[h_new.ndim - 1]
+    m = at(s, row // tape_of(cell) * (tape_of(cell) - 1))
+    multiply(
+        1, rows, width, size, m, row, 0, at(values, places[6]), at(values, places[7]), 0,
+        at(h_new, after), width, 0,
+    )  # fmt: skip

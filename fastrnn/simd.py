@@ -398,6 +398,22 @@ def select_greater(typingctx, a, b, x, y):
 
 
 @intrinsic
+def sum_of(typingctx, x):
+    """The sum of all lanes: of the halves, of their halves, and so on."""
+
+    def codegen(context, builder, sig, args):
+        (value,), count = args, x.lanes
+        while count > 1:
+            count //= 2
+            order = [(i + count) % x.lanes for i in range(x.lanes)]
+            places = ir.Constant(ir.VectorType(ir.IntType(32), x.lanes), order)
+            value = builder.fadd(value, builder.shuffle_vector(value, value, places))
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return x.dtype(x), codegen
+
+
+@intrinsic
 def power_of_two(typingctx, shifted):
     """`2**n` for a float that holds the integer n in its lowest bits (see vmath)."""
     mantissa = {32: 23, 64: 52}[shifted.dtype.bitwidth]

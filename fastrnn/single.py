@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastrnn import gemm, recurrence
+from fastrnn import gemm, norm, recurrence
 from fastrnn.cells import Cell
 from fastrnn.layout import Layout, even
 from fastrnn.meeting import NOBODY, together
 from fastrnn.memory import empty, zeros
+from fastrnn.noise import Drawn, Noise, draw
 from fastrnn.pack import Packed, indices, pack, pack_layer
 from fastrnn.parallel import ELEMENT, get_num_threads, parts_for, run, run_all
 from fastrnn.simd import lanes, padded
@@ -24,10 +25,11 @@ _CHUNK_BYTES = 1 << 18
 
 
 class Weights(NamedTuple):
-    """Of one direction, or their gradients; no biases, no vectors: None.
+    """Of one direction, or their gradients; no biases, no vectors, no projection: None.
 
     x, h, b_x, b_h   as in `params`
-    v       the cell's vectors (vectors, H); of gradients (trained, H)
+    v       the cell's vectors, arrays (n, H) of several; of gradients those that are trained
+    r       the projection (P, H)
     packed  what they were packed to, where they do not change for now
     """
 
@@ -35,22 +37,23 @@ class Weights(NamedTuple):
     h: np.ndarray
     b_x: np.ndarray | None
     b_h: np.ndarray | None
-    v: np.ndarray | None = None
+    v: list[np.ndarray] | None = None
+    r: np.ndarray | None = None
     packed: dict[tuple, Any] | None = None
 
     def pack(self, cell: Cell, tokens: bool, apart: bool, table: np.ndarray | None) -> Packed:
         """The weights as forward takes them."""
         kept = {} if self.packed is None else self.packed
         if (tokens, apart) not in kept:
-            packed = pack_layer(cell, *self[:5], tokens=tokens, apart=apart, table=table)
+            packed = pack_layer(cell, *self[:6], tokens=tokens, apart=apart, table=table)
             kept[tokens, apart] = packed
         return kept[tokens, apart]
 
-    def pack_back(self, name: str, order: tuple[int, ...], hidden: int) -> np.ndarray:
-        """The gates `order` of x or h (`name`) as backward takes them."""
+    def pack_back(self, name: str, order: tuple[int, ...], gap: int, size: int) -> np.ndarray:
+        """The gates `order`, of `size` rows, of x, h or r (`name`) as backward takes them."""
         kept = {} if self.packed is None else self.packed
         if (name, order) not in kept:
-            kept[name, order] = pack(getattr(self, name), order, hidden, size=self.h.shape[1])
+            kept[name, order] = pack(getattr(self, name), order, gap, size=size)
         return kept[name, order]
 
 
@@ -63,25 +66,45 @@ class Kept:
     h: np.ndarray
     carry: np.ndarray
     tape: np.ndarray
+    stats: np.ndarray | None
+    drawn: Drawn | None
 
     @property
     def nbytes(self) -> int:
-        return self.h.nbytes + self.carry.nbytes + self.tape.nbytes
+        masked = 0 if self.drawn is None else self.fed.nbytes * (self.fed is not self.h)
+        return self.h.nbytes + self.carry.nbytes + self.tape.nbytes + masked
+
+    @property
+    def fed(self) -> np.ndarray:
+        """h as products saw it."""
+        return self.h if self.drawn is None else self.drawn.fed
 
     @property
     def output(self) -> np.ndarray:
         """(N, H)."""
         return self.h[self.layout.columns :]
 
-    def final(self, carries: int) -> list[np.ndarray]:
+    def final(self, cell: Cell, size: int) -> list[np.ndarray]:
         """The parts of the final state, (B, H) each."""
-        layout, size = self.layout, self.h.shape[1]
-        hidden = padded(size, self.h.dtype)
+        layout, hidden = self.layout, padded(size, self.h.dtype)
         # Without a tape there is but the latest of each column.
         rows = layout.last if len(self.carry) == len(self.h) else layout.final
-        parts = [self.carry[rows, i * hidden : i * hidden + size] for i in range(carries)]
+        parts = [self.carry[rows, i * hidden : i * hidden + size] for i in range(cell.carries)]
         # Copies: a view would keep all of the memory.
         return [np.array(part) for part in (self.h[layout.last], *parts)]
+
+    def inside(self, cell: Cell, size: int) -> dict[str, np.ndarray]:
+        """Gates and further states of all steps, (N, H) each, by their names."""
+        hidden, columns = padded(size, self.h.dtype), self.layout.columns
+        found = {}
+        for names, array in (
+            (cell.gate_names, self.tape),
+            (cell.carry_names, self.carry[columns:]),
+        ):
+            for i, name in enumerate(names):
+                if name:
+                    found[name] = array[:, i * hidden : i * hidden + size]
+        return found
 
     def copy(self) -> Kept:
         """With a tape of its own, which backward overwrites."""
@@ -93,9 +116,10 @@ def _sharing(cell: Cell, layouts: list[Layout], of: Weights, work: int) -> tuple
     # Both directions have as many.
     steps, columns = layouts[0].steps, layouts[0].columns
     total = columns * len(layouts)
-    meet = parts_of_units(cell, steps, columns, of.h.shape[1], of.h.dtype)
-    # Two directions feed two threads without meeting.
-    if len(layouts) > 1 and total >= get_num_threads():
+    meet = parts_of_units(cell, steps, columns, len(of.h) // cell.gates, of.h.dtype)
+    # Two directions feed two threads without meeting; some cells need all units of a step at once.
+    whole = cell.projected or cell.normed
+    if whole or (len(layouts) > 1 and total >= get_num_threads()):
         meet = 1
     return meet, parts_for(work, total)
 
@@ -116,6 +140,7 @@ def forward(
     table: np.ndarray | None,
     states: list[list[np.ndarray]],
     hs: Sequence[np.ndarray | None],
+    noises: Sequence[Noise | None],
     *,
     keep: bool,
 ) -> list[Kept]:
@@ -124,24 +149,27 @@ def forward(
     table  (V, I): x are tokens that stand for its rows
     hs     memory for h, if there is any
     """
-    size, dtype = weights[0].h.shape[1], weights[0].h.dtype
+    rows, width = weights[0].h.shape
+    size, dtype = rows // cell.gates, weights[0].h.dtype
     hidden = padded(size, dtype)
     tokens = xs[0].dtype == np.int32
     inputs = 0 if tokens else weights[0].x.shape[1]
     count = sum(layout.count for layout in layouts)
-    work = count * cell.gates * hidden * (size + inputs)
+    work = count * cell.gates * hidden * (width + inputs)
     meet, parts = _sharing(cell, layouts, weights[0], work)
     row = cell.tape * hidden
     done, calls = [], []
-    for of, layout, x, state, h in zip(weights, layouts, xs, states, hs, strict=True):
+    for of, layout, x, state, h, noise in zip(
+        weights, layouts, xs, states, hs, noises, strict=True
+    ):
         columns, count = layout.columns, layout.count
-        rows, width = columns, row // meet
+        rows, share = columns, row // meet
         if meet == 1:
             rows = -(-columns // -(-parts // len(weights)))
-        chunk = max(_CHUNK_BYTES // (rows * width * dtype.itemsize), gemm.HEIGHT // rows)
+        chunk = max(_CHUNK_BYTES // (rows * share * dtype.itemsize), gemm.HEIGHT // rows)
         chunk = max(1, min(layout.steps, chunk))
         if h is None:
-            h = empty((columns + count, size), dtype)
+            h = empty((columns + count, width), dtype)
         h[:columns] = 0
         h[layout.first] = layout.heard(state[0])
         carry = empty((columns + count if keep else columns, cell.carries * hidden), dtype)
@@ -149,10 +177,12 @@ def forward(
         for i, value in enumerate(state[1:]):
             carry[layout.first, i * hidden : i * hidden + size] = layout.heard(value)
         tape = empty((count if keep else chunk * columns, row), dtype)
+        stats = np.empty((len(tape), 3), dtype) if cell.normed else None
         packed = of.pack(cell, tokens, meet > 1, table)
-        call: tuple = (cell, chunk, int(keep), layout.starts, layout.ends)
-        calls.append((*call, x, *packed, h, carry, tape))
-        done.append(Kept(layout, x, h, carry, tape))
+        drawn = draw(noise, layout, h)
+        call: tuple = (cell, size, chunk, int(keep), layout.starts, layout.ends)
+        calls.append((*call, x, *packed, h, carry, tape, stats, drawn))
+        done.append(Kept(layout, x, h, carry, tape, stats, drawn))
     _run(recurrence.forward_slice, meet, parts, calls)
     return done
 
@@ -163,44 +193,61 @@ def backward(
     kept: list[Kept],
     d_ys: list[np.ndarray],
     d_last: list[list[np.ndarray]],
-) -> list[list[np.ndarray]]:
-    """Turns each direction's tape into gradients; returns those of its initial state.
+    *,
+    watch: bool = False,
+) -> tuple[list[list[np.ndarray]], list[np.ndarray | None], list[np.ndarray | None]]:
+    """Turns each direction's tape into gradients of its gates.
 
     d_ys  (N, H), or (1, H) for all steps alike
+    Returns for each direction the gradients of its initial state, those of what its projection
+    gives (N, P), if it has one, and with `watch` those of h at each step (N, H).
     """
-    size, dtype = weights[0].h.shape[1], weights[0].h.dtype
-    hidden = padded(size, dtype)
-    work = sum(side.layout.count for side in kept) * cell.gates * hidden * size
+    rows, width = weights[0].h.shape
+    size, dtype = rows // cell.gates, weights[0].h.dtype
+    hidden, wide = padded(size, dtype), padded(width, dtype)
+    work = sum(side.layout.count for side in kept) * cell.gates * hidden * width
     meet, parts = _sharing(cell, [side.layout for side in kept], weights[0], work)
-    calls, states = [], []
+    calls, states, projected, flows = [], [], [], []
     for of, side, d_y, last in zip(weights, kept, d_ys, d_last, strict=True):
         layout = side.layout
-        d_h = np.zeros((layout.columns, hidden), dtype)
-        d_h[layout.final, :size] = last[0]
+        d_h = np.zeros((layout.columns, wide), dtype)
+        d_h[layout.final, :width] = last[0]
         d_carry = np.zeros((layout.columns, cell.carries * hidden), dtype)
         for i, value in enumerate(last[1:]):
             d_carry[layout.final, i * hidden : i * hidden + size] = value
         none = np.zeros(hidden, dtype)
-        late, d_m, v = none, d_h[:0], none
+        late, back, v, d_m, d_s, d_r = none, none, none, d_h[:0], d_h[:0], d_h[:0]
         if cell.order_late:
-            late, d_m = of.pack_back("h", cell.order_late, hidden), np.empty_like(d_h)
+            late = of.pack_back("h", cell.order_late, hidden, size)
+        if of.r is not None:
+            back = of.pack_back("r", (0,), width, width)
+            d_r = empty((layout.count, width), dtype)
+        if cell.normed:
+            d_s = np.zeros((layout.columns, cell.gates * hidden), dtype)
+        if cell.order_late or cell.normed or of.r is not None or side.fed is not side.h:
+            d_m = np.empty((layout.columns, hidden), dtype)
         if of.v is not None:
             v = _in_registers(of.v, hidden)
-        packed = of.pack_back("h", cell.order_h, hidden)
-        call: tuple = (cell, layout.starts, layout.ends, d_y, packed, late, none, v)
-        calls.append((*call, side.h, side.carry, side.tape, d_h, d_carry, d_m))
+        flow = empty((layout.count, width), dtype) if watch else None
+        packed = of.pack_back("h", cell.order_h, hidden, size)
+        call: tuple = (cell, size, layout.starts, layout.ends, d_y, packed, late, back, none, v)
+        memory = side.h, side.carry, side.tape, side.stats, d_h, d_carry, d_m, d_s, d_r
+        calls.append((*call, *memory, side.drawn, flow))
         states.append((d_h, d_carry))
+        projected.append(None if of.r is None else d_r)
+        flows.append(flow)
     _run(recurrence.backward_slice, meet, parts, calls)
     firsts = []
     for side, (d_h, d_carry) in zip(kept, states, strict=True):
         first = side.layout.first
         carries = [d_carry[first, i * hidden : i * hidden + size] for i in range(cell.carries)]
-        firsts.append([side.layout.heard(part) for part in (d_h[first, :size], *carries)])
-    return firsts
+        firsts.append([side.layout.heard(part) for part in (d_h[first, :width], *carries)])
+    return firsts, projected, flows
 
 
-def _in_registers(rows: np.ndarray, hidden: int) -> np.ndarray:
-    """Rows (n, H), zeros behind them up to whole registers, as one (n * Hp)."""
+def _in_registers(vectors: list[np.ndarray], hidden: int) -> np.ndarray:
+    """All rows of vectors (n, H), zeros behind them up to whole registers, as one (rows * Hp)."""
+    rows = np.concatenate(vectors)
     spread = np.zeros((len(rows), hidden), rows.dtype)
     spread[:, : rows.shape[1]] = rows
     return spread.reshape(-1)
@@ -218,7 +265,8 @@ class Sums:
         # Pieces need the same.
         self.cell, self.of, self.out = cell, of._replace(packed={}), out
         self.table, self.tokens = table, tokens
-        size, dtype = of.h.shape[1], of.h.dtype
+        self.size, dtype = len(of.h) // cell.gates, of.h.dtype
+        size = self.size
         self.hidden = padded(size, dtype)
         unused = np.zeros(len(of.x), dtype)
         self.d_b_x = unused if out.b_x is None else out.b_x
@@ -245,27 +293,46 @@ class Sums:
         gates = array.reshape(self.cell.gates, -1, *array.shape[1:])
         return gates[list(self.cell.order_x)]
 
-    def add(self, kept: Kept, d_x: np.ndarray | None) -> None:
-        """Those of a piece, from the gradients of its gates; fills d_x (N, I)."""
+    def add(self, kept: Kept, d_x: np.ndarray | None, d_r: np.ndarray | None) -> None:
+        """Those of a piece, from the gradients of its gates and projection; fills d_x (N, I)."""
         cell, of, layout, dtype = self.cell, self.of, kept.layout, kept.h.dtype
-        size, inputs, count = of.h.shape[1], of.x.shape[1], layout.count
+        size, inputs, count = self.size, of.x.shape[1], layout.count
+        blocks = self.hidden // lanes(dtype)
+        if self.out.v is not None:
+            parts = parts_for(count * self.hidden * ELEMENT, blocks)
+            states = kept.h, kept.carry, kept.tape
+            run(
+                recurrence.vector_gradients,
+                parts,
+                cell,
+                size,
+                layout.rows,
+                layout.before,
+                *states,
+                self.d_v,
+            )
+        if kept.stats is not None and of.v is not None:
+            # After the gradients of gains, before those of weights.
+            parts = parts_for(count * kept.tape.shape[1] * ELEMENT, count)
+            v = _in_registers(of.v, self.hidden)
+            run(norm.norm_gradients, parts, cell, size, v, kept.stats, kept.tape)
         nothing = np.zeros(max(inputs, self.hidden), dtype)
         packed = nothing
         if d_x is None:
             d_x = np.empty((0, inputs), dtype)
         else:
-            packed = of.pack_back("x", cell.order_x, self.hidden)
-        blocks = self.hidden // lanes(dtype)
+            packed = of.pack_back("x", cell.order_x, self.hidden, size)
         run(
             recurrence.gradients,
             parts_for(count * cell.gates * self.hidden * size, cell.gates * blocks),
             cell.tail,
             cell.operand,
             cell.into,
+            size,
             layout.rows,
             layout.before,
             kept.x,
-            kept.h,
+            kept.fed,
             kept.tape,
             indices(cell.order_x),
             indices(cell.order_h),
@@ -278,26 +345,21 @@ class Sums:
             self.into[1],
             self.d_b_h,
         )
-        if self.out.v is not None:
-            parts = parts_for(count * self.hidden * ELEMENT, blocks)
-            states = kept.h, kept.carry, kept.tape
-            run(
-                recurrence.vector_gradients,
-                parts,
-                cell,
-                layout.rows,
-                layout.before,
-                *states,
-                self.d_v,
-            )
+        if d_r is not None:
+            width = d_r.shape[1]
+            parts = parts_for(count * width * size, padded(width, dtype) // lanes(dtype))
+            arrays = d_r, kept.tape, cell.tape, self.out.r
+            run(recurrence.projection_gradients, parts, size, layout.rows, *arrays)
 
     def close(self, want_d_table: bool) -> np.ndarray | None:
         """Put the sums where they belong; returns the gradient of the table, if there is one."""
-        size, cell, d_table = self.of.h.shape[1], self.cell, None
+        size, cell, d_table = self.size, self.cell, None
         # Packed weights make room for those of the next layer.
         self.of = self.of._replace(packed=None)
         if self.out.v is not None:
-            self.out.v[...] = self.d_v.reshape(len(self.out.v), -1)[:, :size]
+            rows = self.d_v.reshape(-1, self.hidden)[:, :size]
+            for vectors in self.out.v:
+                vectors[...], rows = rows[: len(vectors)], rows[len(vectors) :]
         if self.tokens:
             rows, biases = (a.reshape(*a.shape[:-1], cell.gates, -1) for a in self.into)
             if self.table is None:
@@ -323,13 +385,15 @@ class Sums:
             even(1, count, 0).rows,
             table,
             d_products,
-            pack(of.x, cell.order_x, self.hidden) if want else np.zeros(inputs, dtype),
+            pack(of.x, cell.order_x, self.hidden, size=self.size)
+            if want
+            else np.zeros(inputs, dtype),
             np.zeros(inputs, dtype),
             d_table,
             d_w,
             np.zeros(n, dtype),
         )
         if not same_order:
-            found = d_w.reshape(cell.gates, self.hidden, inputs)[:, : of.h.shape[1]]
+            found = d_w.reshape(cell.gates, self.hidden, inputs)[:, : self.size]
             d_w_x.reshape(cell.gates, -1, inputs)[list(cell.order_x)] += found
         return d_table

@@ -15,6 +15,8 @@ import numpy as np
 from fastrnn.cells import Cell
 from fastrnn.layout import Layout
 from fastrnn.memory import empty
+from fastrnn.noise import Noise
+from fastrnn.rows import gather, join, part_of, put
 from fastrnn.single import Kept, Sums, Weights, backward, forward
 
 Parts = list[np.ndarray]  # of a state, (B, H) each
@@ -59,11 +61,13 @@ class Made:
     """What a layer keeps for backward.
 
     xs     of each piece
+    noises of each side
     begun  the states that each side had before each turn
     kept   of the one piece, of each side; None if there are more
     """
 
     xs: Rows
+    noises: list[Noise | None]
     begun: list[list[Parts]]
     kept: list[Kept] | None
 
@@ -76,7 +80,8 @@ class Made:
     def copy(self) -> Made:
         """With tapes of its own, which backward overwrites."""
         kept = self.kept
-        return Made(self.xs, self.begun, None if kept is None else [side.copy() for side in kept])
+        copies = None if kept is None else [side.copy() for side in kept]
+        return Made(self.xs, self.noises, self.begun, copies)
 
 
 def _turns(pieces: list[Layout], sides: int) -> list[list[int]]:
@@ -90,7 +95,9 @@ def _layouts(pieces: list[Layout], at: list[int]) -> list[Layout]:
 
 
 def _inputs(pieces: list[Layout], xs: Rows, at: list[int]) -> list[np.ndarray]:
-    return [xs.parts[p][pieces[p].flip] if side else xs.parts[p] for side, p in enumerate(at)]
+    return [
+        gather(pieces[p].flip, xs.parts[p]) if side else xs.parts[p] for side, p in enumerate(at)
+    ]
 
 
 def forward_layer(
@@ -100,6 +107,7 @@ def forward_layer(
     xs: Rows,
     table: np.ndarray | None,
     states: list[Parts],
+    noises: list[Noise | None],
     *,
     merge: str,
     keep: bool,
@@ -107,12 +115,13 @@ def forward_layer(
     """(output of each piece, final states of each side, what backward needs)."""
     sides, whole = len(weights), len(pieces) == 1
     outputs: list[list[np.ndarray]] = [[] for _ in range(sides)]
-    size, dtype = weights[0].h.shape[1], weights[0].h.dtype
+    (rows, width), dtype = weights[0].h.shape, weights[0].h.dtype
+    size = rows // cell.gates
     begun: list[list[Parts]] = []
     kept = None
     one = Rows([], None)
     if sides == 1:
-        one = rows_for(pieces, size, dtype, states=True)
+        one = rows_for(pieces, width, dtype, states=True)
     if whole and table is not None:
         # It may be another the next time.
         weights = [of._replace(packed=None) for of in weights]
@@ -126,23 +135,25 @@ def forward_layer(
         inputs = _inputs(pieces, xs, at)
         layouts = _layouts(pieces, at)
         hs = [one.parts[at[0]]] if sides == 1 else [None] * sides
-        done = forward(cell, weights, layouts, inputs, table, states, hs, keep=keep and whole)
-        states = [side.final(cell.carries) for side in done]
+        done = forward(
+            cell, weights, layouts, inputs, table, states, hs, noises, keep=keep and whole
+        )
+        states = [side.final(cell, size) for side in done]
         for output, side in zip(outputs, done, strict=True):
             output.append(side.output)
         if keep and whole:
             kept = done
         # Its memory is there for the next turn.
-        del done, inputs
+        del done, inputs, side
     if sides == 1:
         ys = Rows(outputs[0], one.whole)
     else:
-        ys = rows_for(pieces, 2 * size if merge == "concat" else size, dtype)
+        ys = rows_for(pieces, 2 * width if merge == "concat" else width, dtype)
         for piece, first, second, y in zip(
             pieces, outputs[0], reversed(outputs[1]), ys.parts, strict=True
         ):
-            _join(first, second[piece.flip], merge, y)
-    return ys, states, Made(xs, begun, kept)
+            join(piece.flip, first, second, merge, y)
+    return ys, states, Made(xs, noises, begun, kept)
 
 
 def _packed_once(weights: list[Weights]) -> list[Weights]:
@@ -150,31 +161,14 @@ def _packed_once(weights: list[Weights]) -> list[Weights]:
     return [of._replace(packed={}) for of in weights]
 
 
-def _join(one: np.ndarray, other: np.ndarray, merge: str, y: np.ndarray) -> None:
-    """Both directions' outputs (N, H), in the order of the first."""
-    size = one.shape[1]
-    if merge == "concat":
-        y[:, :size] = one
-        y[:, size:] = other
-    else:
-        np.add(one, other, out=y)
-    if merge == "mean":
-        y *= one.dtype.type(0.5)
-
-
 def _part_of(d_y: np.ndarray, layout: Layout, side: int, sides: int, merge: str) -> np.ndarray:
-    """The opposite: the gradient of the output of a side."""
+    """The gradient of the output of a side."""
     if sides == 1:
         return d_y
-    if merge == "concat":
-        size = d_y.shape[1] // 2
-        d_y = d_y[:, side * size : (side + 1) * size]
-    elif merge == "mean":
-        d_y = d_y * d_y.dtype.type(0.5)
+    size = d_y.shape[1] // 2 if merge == "concat" else d_y.shape[1]
     # What is the same for all steps has no order.
-    if side and len(d_y) == layout.count:
-        d_y = d_y[layout.flip]
-    return np.ascontiguousarray(d_y)
+    turned = side == 1 and len(d_y) == layout.count
+    return part_of(d_y, side, layout.flip if turned else None, merge, size)
 
 
 def backward_layer(
@@ -189,10 +183,12 @@ def backward_layer(
     *,
     merge: str,
     want_d_x: bool,
+    norms: np.ndarray | None = None,
 ) -> tuple[Rows, list[Parts]]:
     """(d_x of each piece, none if it is not wanted; gradients of the initial states of each side).
 
-    d_ys  of each piece, (N, H) or (1, H) for all steps alike
+    d_ys   of each piece, (N, H) or (1, H) for all steps alike
+    norms  (sides, T*B) in float64, filled with the norms of the gradients of h
     """
     sides = len(weights)
     if made.kept is None:
@@ -208,23 +204,26 @@ def backward_layer(
         if kept is None:
             inputs, layouts = _inputs(pieces, made.xs, at), _layouts(pieces, at)
             begun, nowhere = made.begun[turn], [None] * sides
-            kept = forward(cell, weights, layouts, inputs, table, begun, nowhere, keep=True)
+            kept = forward(
+                cell, weights, layouts, inputs, table, begun, nowhere, made.noises, keep=True
+            )
         parts = [
             _part_of(d_ys.parts[p], pieces[p], side, sides, merge) for side, p in enumerate(at)
         ]
-        d_states = backward(cell, weights, kept, parts, d_states)
+        watch = norms is not None
+        d_states, d_rs, flows = backward(cell, weights, kept, parts, d_states, watch=watch)
+        for side, flow in enumerate(flows):
+            if norms is not None and flow is not None:
+                squares = np.einsum("nh,nh->n", flow, flow, dtype=np.float64)
+                norms[side, kept[side].layout.source] = np.sqrt(squares)
         for side, (p, total) in enumerate(zip(at, sums, strict=True)):
             d_x = d_xs.parts[p] if want_d_x else None
             if d_x is None or (fresh[p] and not side):
-                total.add(kept[side], d_x)
+                total.add(kept[side], d_x, d_rs[side])
             else:
                 own = empty(d_x.shape, d_x.dtype)
-                total.add(kept[side], own)
-                own = own[pieces[p].flip] if side else own
-                if fresh[p]:
-                    d_x[...] = own
-                else:
-                    np.add(d_x, own, out=d_x)
+                total.add(kept[side], own, d_rs[side])
+                put(pieces[p].flip if side else None, own, d_x, add=not fresh[p])
             fresh[p] = False
-        del kept, parts
+        del kept, parts, d_rs, flows, flow, total
     return d_xs, d_states

@@ -13,25 +13,33 @@ import numba
 import numpy as np
 from numba import carray
 
+from fastrnn.axes import Axes
 from fastrnn.cells.cell import (
     Cell,
     into_of,
     late_of,
+    normed_carry_of,
+    normed_of,
     of_h,
     of_x,
     operand_of,
+    projected_of,
     tail_of,
     tape_of,
 )
 from fastrnn.checks import as_array, as_floats, as_tokens, check_in_place
+from fastrnn.gemm import scratch
 from fastrnn.jit import helper, kernel
 from fastrnn.meeting import NOBODY, arrive, wait
 from fastrnn.memory import empty
+from fastrnn.noise import expected, mixed
+from fastrnn.norm import normalise, normalise_carry
 from fastrnn.pack import Packed, pack_layer
 from fastrnn.parallel import parts_for, run
-from fastrnn.row import fill_tail, first_half, gather_input, second_half
+from fastrnn.row import fill_tail, first_half, gather_input, project, second_half
 from fastrnn.simd import (
     at,
+    broadcast,
     flush_denormals,
     lanes,
     load_n,
@@ -52,11 +60,11 @@ def bind(
     table: np.ndarray | None = None,
     apart: bool = False,
 ) -> Packed:
-    """What `advance` takes, from (weight_ih, weight_hh, bias_ih, bias_hh, vectors) of each layer.
+    """What `advance` takes, from the arrays of each layer that `pack_layer` takes.
 
     tokens  the first layer takes tokens; with `table` (V, I), they stand for its rows
     apart   for slices of the units
-    Returns all values one after the other, and the places of each layer: (layers, 6).
+    Returns all values one after the other, and the places of each layer: (layers, 8).
     """
     packed = []
     for layer, weights in enumerate(layers):
@@ -73,26 +81,29 @@ def bind(
 
 @helper
 def advance(
-    cell, values, places, x, tokens, h, h_new, carry, s, columns, first, rows, low, high,
-    meeting, part, parts, done,
+    cell, size, fresh, values, places, x, tokens, h, h_new, carry, s, columns, first, rows,
+    low, high, meeting, part, parts, done,
 ):  # fmt: skip
     """Take units [low, high) of sequences [first, first + rows) through all layers.
 
+    fresh    how much of a new h counts, if zoneout is expected; or None
     x        at (rows, I), what the first layer takes unless places has tokens for it
     tokens   (B,)
-    h, h_new (layers, B, H), before and after; the same array if the part has all units
+    h, h_new (layers, B, H), before and after; the same array if the part has all units; with a
+             projection (layers, B, P), and H is `size`
     carry    (layers, B, carries*Hp), before and after
     s        at (rows, columns), scratch; columns is tape*Hp
     done     how often the parts have met; returns how often after
     """
-    layers, batch, size = h.shape
+    layers, batch, breadth = h.shape
     w = width_of(h)
     run = (size + w - 1) // w * w
     end = min(high, size)
+    was = h[0, 0] if fresh is None else scratch(h, rows * breadth)
     apart = meeting.size > 0
     together = apart and parts > 1
     for layer in range(layers):
-        here = (layer * batch + first) * size
+        here = (layer * batch + first) * breadth
         width = places[layer, 0]
         w_x, w_h = at(values, places[layer, 1]), at(values, places[layer, 2])
         bias, v = at(values, places[layer, 4]), at(values, places[layer, 5])
@@ -103,21 +114,32 @@ def advance(
                 token = tokens[first + r]
                 gather_input(cell, low, high, run, w_x, token, bias, at(s, r * columns))
         else:
-            below = x if layer == 0 else at(h_new, here - batch * size)
+            below = x if layer == 0 else at(h_new, here - batch * breadth)
             multiply_units(
                 apart, of_x(cell), run, low, high, 1, rows, width,
                 below, width, 0, w_x, bias, 0, s, columns, 0,
             )  # fmt: skip
+        if normed_of(cell) == 1:
+            for r in range(rows):
+                normalise(at(s, r * columns), of_x(cell), size, run)
         into = at(s, tail_of(cell) * run)
         multiply_units(
-            apart, of_h(cell), run, low, high, 1, rows, size,
-            at(h, here), size, 0, w_h, into, columns, into, columns, 0,
+            apart, of_h(cell), run, low, high, 1, rows, breadth,
+            at(h, here), breadth, 0, w_h, into, columns, into, columns, 0,
         )  # fmt: skip
+        if fresh is not None:
+            # The new h may overwrite the old one.
+            for u in range(0, was.size, w):
+                store_n(was, u, load_n(h, here + u, was.size - u), was.size - u)
         for r in range(rows):
-            unit = here + r * size
+            unit = here + r * breadth
             carried = (layer * batch + first + r) * carry.shape[2]
             row = at(s, r * columns)
+            if normed_of(cell) == 1:
+                normalise(at(row, tail_of(cell) * run), of_h(cell), size, run)
             first_half(cell, low, end, size, run, h, unit, v, row, carry, carried, carried)
+            if normed_carry_of(cell) == 1:
+                normalise_carry(cell, row, size, run, carry, carried)
             if late_of(cell) == 0:
                 second_half(cell, low, end, size, run, h, unit, h_new, unit, v, row, carry, carried)
         if late_of(cell) == 1:
@@ -131,10 +153,20 @@ def advance(
                 m, columns, 0, at(values, places[layer, 3]), into, columns, into, columns, 0,
             )  # fmt: skip
             for r in range(rows):
-                unit = here + r * size
+                unit = here + r * breadth
                 carried = (layer * batch + first + r) * carry.shape[2]
                 row = at(s, r * columns)
                 second_half(cell, low, end, size, run, h, unit, h_new, unit, v, row, carry, carried)
+        if projected_of(cell) == 1:
+            project(cell, rows, size, columns, s, values, places[layer], h_new, here)
+        if fresh is not None:
+            last = min(high, breadth)
+            for r in range(rows):
+                for u in range(low, last, w):
+                    unit = here + r * breadth + u
+                    old = load_n(was, r * breadth + u, last - u)
+                    new = load_n(h_new, unit, last - u)
+                    store_n(h_new, unit, mixed(broadcast(h, fresh), new, old), last - u)
         if together:
             done += 1
             arrive(meeting, part, done)
@@ -143,20 +175,20 @@ def advance(
 
 
 # What `where` of `_step` has: addresses of the arrays of `advance`, and sizes.
-_VALUES, _PLACES, _H, _CARRY, _S, _COUNT, _LAYERS, _BATCH, _SIZE, _CARRIED = range(10)
+_VALUES, _PLACES, _H, _CARRY, _S, _COUNT, _LAYERS, _BATCH, _WIDTH, _CARRIED, _SIZE = range(11)
 
 
 @kernel
-def _step(part, parts, cell, where, x, tokens, out):
+def _step(part, parts, cell, fresh, where, x, tokens, out):
     """One step of a slice of the sequences; out (B*H) receives the last layer's h.
 
     Few arguments, since each array costs as much as a small product.
     """
     mode = flush_denormals()
-    layers, batch, size = where[_LAYERS], where[_BATCH], where[_SIZE]
+    layers, batch, width, size = where[_LAYERS], where[_BATCH], where[_WIDTH], where[_SIZE]
     values = carray(pointer_to(out, where[_VALUES]), where[_COUNT])
-    places = carray(pointer_to(where, where[_PLACES]), (layers, 6))
-    h = carray(pointer_to(out, where[_H]), (layers, batch, size))
+    places = carray(pointer_to(where, where[_PLACES]), (layers, 8))
+    h = carray(pointer_to(out, where[_H]), (layers, batch, width))
     carry = carray(pointer_to(out, where[_CARRY]), (layers, batch, where[_CARRIED]))
     w = width_of(out)
     run = (size + w - 1) // w * w
@@ -166,12 +198,12 @@ def _step(part, parts, cell, where, x, tokens, out):
     s = at(pointer_to(out, where[_S]), first * columns)
     inputs = x.size // batch
     advance(
-        cell, values, places, at(x, first * inputs), tokens, h, h, carry, s, columns,
+        cell, size, fresh, values, places, at(x, first * inputs), tokens, h, h, carry, s, columns,
         first, rows, 0, run, NOBODY, part, parts, 0,
     )  # fmt: skip
-    top = ((layers - 1) * batch + first) * size
-    for u in range(0, rows * size, w):
-        store_n(out, first * size + u, load_n(h, top + u, rows * size - u), rows * size - u)
+    top, count = ((layers - 1) * batch + first) * width, rows * width
+    for u in range(0, count, w):
+        store_n(out, first * width + u, load_n(h, top + u, count - u), count - u)
     restore_denormals(mode)
 
 
@@ -192,47 +224,50 @@ class Stepper:
         self._unbatched = batch is None
         self._tokens = tokens
         self.dtype = layer.dtype
-        cell, size = layer.cell, layer.hidden_size
+        cell, size, width = layer.cell, layer.hidden_size, layer.state_sizes[0]
         count = 1 if batch is None else batch
         self._count = count
         self._run = padded(size, self.dtype)
-        self._h = np.zeros((layer.num_layers, count, size), self.dtype)
+        self._h = np.zeros((layer.num_layers, count, width), self.dtype)
         self._carry = np.zeros((layer.num_layers, count, cell.carries * self._run), self.dtype)
         self._s = empty(count * cell.tape * self._run, self.dtype)
         self._x_shape: tuple[int, ...] = () if tokens else (layer.input_size,)
-        self._out_shape: tuple[int, ...] = (size,)
+        self._out_shape: tuple[int, ...] = (width,)
         if batch is not None:
-            self._x_shape, self._out_shape = (batch, *self._x_shape), (batch, size)
+            self._x_shape, self._out_shape = (batch, *self._x_shape), (batch, width)
         # Tokens are always looked at closely.
         self._x_dtype = None if tokens else self.dtype
         self._cell = cell
         self._no_tokens = np.zeros(count, np.int32)
         self._no_x = np.zeros(count, self.dtype)
         self.refresh()
+        self.state = None
 
     def refresh(self) -> None:
         """Take over the weights that the layer has now; the state stays."""
         layer, cell = self._layer, self._layer.cell
         layer.check_params()
-        layers = [layer._weights(i, layer.params)[0][:5] for i in range(layer.num_layers)]
-        self._use(bind(cell, layers, self._tokens))
+        layers = [layer._weights(i, layer.params)[0][:6] for i in range(layer.num_layers)]
+        fresh = expected(layer.zoneout, self.dtype)
+        self._use(bind(cell, layers, self._tokens), fresh)
 
-    def _use(self, bound: Packed) -> None:
+    def _use(self, bound: Packed, fresh: np.floating | None) -> None:
         arrays = (*bound, self._h, self._carry, self._s)
-        sizes = (bound.values.size, *self._h.shape, self._carry.shape[2])
+        sizes = (bound.values.size, *self._h.shape, self._carry.shape[2], self._layer.hidden_size)
         where = np.array([*(array.ctypes.data for array in arrays), *sizes], np.int64)
-        example = (0, 1, self._layer.cell, where, self._no_x, self._no_tokens, self._no_x)
+        inputs = (self._no_x, self._no_tokens, self._no_x)
+        example = (0, 1, self._layer.cell, fresh, where, *inputs)
         # The compiled function itself: nothing is looked up in a call.
         compiled = _step.compile(tuple(numba.typeof(argument) for argument in example))
         # Of a table of tokens a sequence reads one row.
         table = self._layer.params["weight_ih_l0"].size if self._tokens else 0
         work = self._count * (bound.values.size - table)
         # At once, since an interrupt must not part addresses from the arrays that they are of.
-        self._ready = (compiled, where, work, bound)
+        self._ready = (compiled, where, work, bound, fresh)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has arrays of its own, and so other addresses.
-        return {**vars(self), "_ready": self._ready[3], "_lanes": lanes(self.dtype)}
+        return {**vars(self), "_ready": self._ready[3:], "_lanes": lanes(self.dtype)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         here = lanes(state["dtype"])
@@ -242,7 +277,7 @@ class Stepper:
                 "here, got one from another; make it again with layer.stepper()"
             )
         vars(self).update(state)
-        self._use(state["_ready"])
+        self._use(*state["_ready"])
 
     def __call__(self, x: Any, out: np.ndarray | None = None) -> np.ndarray:
         """One step; see the class."""
@@ -269,12 +304,12 @@ class Stepper:
         elif x.ndim > 1:
             x = x.reshape(-1)
         flat = out if self._unbatched else out.reshape(-1)
-        compiled, where, work, _ = self._ready
+        compiled, where, work, _, fresh = self._ready
         parts = 1 if self._count == 1 else parts_for(work, self._count)
         if parts == 1:
-            compiled(0, 1, self._cell, where, x, tokens, flat)
+            compiled(0, 1, self._cell, fresh, where, x, tokens, flat)
         else:
-            run(_step, parts, self._cell, where, x, tokens, flat)
+            run(_step, parts, self._cell, fresh, where, x, tokens, flat)
         return out
 
     def _checked(self, x: Any) -> np.ndarray:
@@ -299,7 +334,8 @@ class Stepper:
     @state.setter
     def state(self, state: Any) -> None:
         size, run = self._layer.hidden_size, self._run
-        parts = self._layer._initial(state, self._count, self._unbatched)
+        axes = Axes(1, self._count, False, self._unbatched)
+        parts = self._layer._initial(state, axes)
         self._h[...] = parts[0]
         for i, value in enumerate(parts[1:]):
             self._carry[:, :, i * run : i * run + size] = value

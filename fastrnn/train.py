@@ -18,9 +18,9 @@ import numpy as np
 from fastrnn import checkpoint
 from fastrnn.checks import as_choice, as_number, as_size, as_tokens, load_params
 from fastrnn.clip import clip_grad_norm_
-from fastrnn.layers import State
 from fastrnn.models import LanguageModel, model_from_config
 from fastrnn.optim import OPTIMIZERS, SCHEDULES, blend_
+from fastrnn.recurrent import State
 
 FORMAT = "fastrnn language model"
 _SAVE_SECONDS = 60

@@ -12,6 +12,7 @@ import fastrnn
 from fastrnn import parallel
 from fastrnn.cells import CELLS
 from fastrnn.reference import CELLS as REFERENCE
+from fastrnn.reference import masks
 
 DTYPES = [np.float32, np.float64]
 # float32 relu: a pre-activation this near zero might fall on either side of the kink.
@@ -105,6 +106,8 @@ def reference_of(cell):
     name, *words = cell.split("_")
     if name == "rnn":
         return REFERENCE[name], {"nonlinearity": words[0]}
+    if name == "gru":
+        return REFERENCE[name], {}
     options = {"coupled": "coupled" in words, "clip": CLIP if "clip" in words else np.inf}
     return REFERENCE[name], options
 
@@ -115,8 +118,12 @@ def new_layer(cell, *sizes, **options):
     if name == "rnn":
         options["nonlinearity"] = words[0]
     elif words:
+        if "projected" in words:
+            # One unit cannot be projected to fewer.
+            sizes = (sizes[0], max(2, sizes[1]), *sizes[2:])
         special = {"before": ("reset_after", False), "simple": ("reset_gate", False)}
-        special["clip"] = "cell_clip", CLIP
+        special["norm"] = "layer_norm", True
+        special |= {"clip": ("cell_clip", CLIP), "projected": ("proj_size", -(-sizes[1] // 2))}
         options |= dict(special.get(word, (word, True)) for word in words)
     return getattr(fastrnn, name.upper())(*sizes, **options)
 
@@ -178,28 +185,27 @@ def make_problem(
     rng = np.random.default_rng([seed, T, B, n_in, H, layers])
     rnn = new_layer(cell, n_in, H, layers, bias=bias, dtype=dtype, seed=0, **options)
     for _ in range(500):
-        problem = _draw(cell, rng, rnn, T, B, n_in, H, tokens)
+        problem = _draw(cell, rng, rnn, T, B, n_in, tokens)
         if not {"relu", "clip"} & set(cell.split("_")) or _away_from_kink(problem):
             return problem
     raise AssertionError("no draw away from the kink")
 
 
-def _draw(cell, rng, rnn, T, B, n_in, H, tokens):
+def _draw(cell, rng, rnn, T, B, n_in, tokens):
     def normal(*shape, scale=1.0):
         return frozen((rng.standard_normal(shape) * scale).astype(rnn.dtype))
 
     def states():
-        count = len(reference_of(cell)[0].STATES)
-        return tuple(normal(rnn.num_layers, B, H) for _ in range(count))
+        return tuple(normal(rnn.num_layers, B, size) for size in rnn.state_sizes)
 
     for key, value in rnn.params.items():
         if key.startswith("weight_hh"):
             # No larger: rounding errors must not grow from step to step.
-            value[...] = rng.uniform(-1, 1, value.shape) / np.sqrt(H)
+            value[...] = rng.uniform(-1, 1, value.shape) / np.sqrt(value.shape[1])
         else:
             value[...] = normal(*value.shape, scale=0.8 / np.sqrt(value[0].size))
     x = frozen(rng.integers(n_in, size=(T, B))) if tokens else normal(T, B, n_in)
-    return Problem(cell, rnn, x, states(), normal(T, B, H), states())
+    return Problem(cell, rnn, x, states(), normal(T, B, rnn.output_size), states())
 
 
 def layer_params(rnn, layer, dtype=np.float64):
@@ -237,14 +243,63 @@ def wide(array):
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 
-def expected(problem, *, d_output=True, d_state=True):
-    """Every array of forward and backward by the reference, layer after layer, in float64."""
+class Drawn:
+    """What a layer draws in training with a seed, from the NumPy reference of the masks."""
+
+    def __init__(self, rnn, steps, batch, seed):
+        self.rnn, self.seed = rnn, seed
+        self.steps, self.batch = np.arange(steps), np.arange(batch)
+
+    def inputs(self, layer, width):
+        """Of what comes into a layer: (T, B, width) or (B, width)."""
+        rnn = self.rnn
+        p = rnn.dropout if layer else rnn.input_dropout
+        if not p or self.seed is None:
+            return 1.0
+        seed = self.seed + layer
+        if rnn.locked_dropout:
+            return masks.locked_mask(seed, self.batch, width, p)
+        return masks.dropout_mask(seed, self.steps, self.batch, width, p)
+
+    def inside(self, layer):
+        """Options of the reference's forward."""
+        rnn = self.rnn
+        units = rnn.state_sizes[0]
+        if self.seed is None:
+            return {"zone": rnn.zoneout} if rnn.zoneout else {}
+        own = masks.stream(self.seed + layer, 0)
+        found = {}
+        if rnn.recurrent_dropout:
+            found["mask"] = masks.locked_mask(own, self.batch, units, rnn.recurrent_dropout)
+        if rnn.zoneout:
+            found["zone"] = masks.zone_mask(own, self.steps, self.batch, units, rnn.zoneout)
+        return found
+
+    def weights(self, layer, shape):
+        """Of weight_hh."""
+        if not self.rnn.weight_dropout or self.seed is None:
+            return 1.0
+        own = masks.stream(self.seed + layer, 0)
+        return masks.weight_mask(own, *shape, self.rnn.weight_dropout)
+
+
+def expected(problem, *, d_output=True, d_state=True, seed=None):
+    """Every array of forward and backward by the reference, layer after layer, in float64.
+
+    seed  of what is drawn in training; None: nothing is
+    """
     reference, options = reference_of(problem.cell)
-    x, saved = wide(problem.x), []
+    x, saved, weights = wide(problem.x), [], []
     finals = []
+    drawn = Drawn(problem.rnn, *x.shape[:2], seed)
     for layer in range(problem.rnn.num_layers):
         state = tuple(wide(s[layer]) for s in problem.state)
-        x, final, kept = reference.forward(layer_params(problem.rnn, layer), x, state, **options)
+        params = layer_params(problem.rnn, layer)
+        params["weight_hh"] = params["weight_hh"] * drawn.weights(layer, params["weight_hh"].shape)
+        weights.append(params)
+        if x.dtype.kind == "f":
+            x = x * drawn.inputs(layer, x.shape[2])
+        x, final, kept = reference.forward(params, x, state, **options, **drawn.inside(layer))
         finals.append(final)
         saved.append(kept)
     results = {"output": x}
@@ -254,9 +309,11 @@ def expected(problem, *, d_output=True, d_state=True):
     initial, grads = [], {}
     for layer in reversed(range(problem.rnn.num_layers)):
         d_last = tuple(wide(s[layer]) * d_state for s in problem.d_state)
-        params = layer_params(problem.rnn, layer)
-        d_y, d_first, found = reference.backward(params, saved[layer], d_y, d_last)
+        d_y, d_first, found = reference.backward(weights[layer], saved[layer], d_y, d_last)
         initial.insert(0, d_first)
+        if d_y is not None:
+            d_y = d_y * drawn.inputs(layer, d_y.shape[2])
+        found["weight_hh"] = found["weight_hh"] * drawn.weights(layer, found["weight_hh"].shape)
         grads |= {f"{key}_l{layer}": value for key, value in found.items()}
     for i, name in enumerate(problem.names):
         results[f"d initial {name}"] = np.stack([first[i] for first in initial])
@@ -265,10 +322,10 @@ def expected(problem, *, d_output=True, d_state=True):
     return results | grads
 
 
-def computed(problem, *, d_output=True, d_state=True, grads=None, **options):
-    """The same arrays by the layer."""
+def computed(problem, *, d_output=True, d_state=True, grads=None, given=None, **options):
+    """The same arrays by the layer; `given`: more arguments of forward."""
     rnn = problem.rnn
-    output, final, saved = rnn.forward(problem.x, as_state(problem.state))
+    output, final, saved = rnn.forward(problem.x, as_state(problem.state), **(given or {}))
     results = {"output": output.copy()}
     for name, value in zip(problem.names, as_parts(final), strict=True):
         results[f"final {name}"] = value

@@ -172,7 +172,7 @@ EDITS = {
         "def multiply_add(builder, vec, a, b, c):\n"
         "    return _single(builder, vec, builder.fadd(a, a), b, c)\n",
     ),
-    "a helper": ("dropout", "dropout.py", "0x9E3779B97F4A7C15", "0x9E3779B97F4A7C17"),
+    "a helper": ("dropout", "counter.py", "0x9E3779B97F4A7C15", "0x9E3779B97F4A7C17"),
     "a constant of the vector math": (
         "softmax",
         "vmath.py",
@@ -228,7 +228,7 @@ def test_versions_count(monkeypatch):
 
 EDIT = """
 from pathlib import Path
-path = Path(fastrnn.__file__).parent / "dropout.py"
+path = Path(fastrnn.__file__).parent / "counter.py"
 path.write_text(path.read_text().replace("0x9E3779B97F4A7C15", "0x9E3779B97F4A7C17"))
 """
 
@@ -243,7 +243,7 @@ def test_an_edit_under_a_running_process(installation):
 
 def test_an_edit_between_imports(installation):
     # What runs is the new code: it must not be kept as that of the old sources.
-    path = installation.package / "dropout.py"
+    path = installation.package / "counter.py"
     source = path.read_text()
     first = installation.run("dropout", first=EDIT)
     assert path.read_text() != source

@@ -445,7 +445,7 @@ BAD_OPTIONS = [
     (("--hidden", "1e3"), ("--hidden", "'1e3'")),
     (("--hidden", "100000000000"), ("not enough memory",)),
     (("--layers", "0"), ("--layers: expected at least 1, got 0",)),
-    (("--layers", "256"), ("--layers: expected at most 255, got 256",)),
+    (("--layers", "256"), ("--layers: expected at most 254, got 256",)),
     (("--embedding", "-1"), ("--embedding: expected at least 0, got -1",)),
     (("--dropout", "1"), ("dropout: expected a number in [0, 1), got 1",)),
     (("--dropout", "nan"), ("dropout: expected a number in [0, 1), got nan",)),

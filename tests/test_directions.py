@@ -39,8 +39,10 @@ def results(rnn, x, state, d_output, d_state, lengths, **options):
 
 def problem(cell, rng, dtype, lengths, layers, **options):
     rnn = new_layer(cell, n_in, H, layers, bidirectional=True, dtype=dtype, seed=0, **options)
-    B, count = len(lengths), len(as_parts(rnn.state_names))
-    states = [tuple(normal(rng, dtype, 2 * layers, B, H) for _ in range(count)) for _ in range(2)]
+    B = len(lengths)
+    states = [
+        tuple(normal(rng, dtype, 2 * layers, B, size) for size in rnn.state_sizes) for _ in range(2)
+    ]
     x = normal(rng, dtype, T, B, n_in)
     return rnn, x, states[0], normal(rng, dtype, T, B, rnn.output_size), states[1], lengths
 
@@ -90,7 +92,8 @@ def by_hand(cell, rnn, x, state, d_output, d_state, lengths):
             alone, saved, _ = layers[layer][side]
             d_side = d_y
             if rnn.merge == "concat":
-                d_side = np.ascontiguousarray(d_y[:, :, side * H : (side + 1) * H])
+                width = rnn.state_sizes[0]
+                d_side = np.ascontiguousarray(d_y[:, :, side * width : (side + 1) * width])
             elif rnn.merge == "mean":
                 d_side = d_y * x.dtype.type(0.5)
             at = slice(2 * layer + side, 2 * layer + side + 1)

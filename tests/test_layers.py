@@ -62,8 +62,10 @@ def test_shapes_and_types(cell):
         for rnn in (new_layer(cell, n_in, H, 2, dtype=dtype), new_layer(cell, n_in, H, 2)):
             x = zeros(T, B, n_in, dtype=rnn.dtype)
             output, state = rnn(x)
-            assert (output.shape, output.dtype) == ((T, B, H), rnn.dtype)
-            assert [s.shape for s in as_parts(state)] == [(2, B, H)] * (1 + rnn.cell.carries)
+            assert (output.shape, output.dtype) == ((T, B, rnn.output_size), rnn.dtype)
+            shapes = [(2, B, size) for size in rnn.state_sizes]
+            assert [s.shape for s in as_parts(state)] == shapes
+            assert len(shapes) == 1 + rnn.cell.carries
             _, _, saved = rnn.forward(x)
             d_x, d_state, grads = rnn.backward(saved, output)
             assert (d_x.shape, d_x.dtype) == (x.shape, rnn.dtype)
@@ -90,7 +92,7 @@ def test_vectors_of_tokens_are_what_their_rows_are(cell, dtype, steps, batch, co
     rnn = new_layer(cell, width, size, 2, dtype=dtype, seed=3)
     vectors = frozen(rng.standard_normal((count, width)).astype(dtype))
     tokens = rng.integers(count, size=(steps, batch))
-    d_output = rng.standard_normal((steps, batch, size)).astype(dtype)
+    d_output = rng.standard_normal((steps, batch, rnn.output_size)).astype(dtype)
     want, want_state, saved_want = rnn.forward(vectors[tokens])
     got, state, saved = rnn.forward(tokens, vectors=vectors)
     for part, value in zip(as_parts(state), as_parts(want_state), strict=True):
@@ -557,7 +559,8 @@ def test_bytes_of_saved(cell, dtype, num_layers):
     rnn = new_layer(cell, n_in, size, num_layers, dtype=dtype)
     output, _, saved = rnn.forward(zeros(steps, batch, n_in, dtype=dtype))
     padded = -(-size // lanes(dtype)) * lanes(dtype)
-    numbers = steps * rnn.cell.tape * padded + (steps + 1) * (size + rnn.cell.carries * padded)
+    states = rnn.state_sizes[0] + rnn.cell.carries * padded
+    numbers = steps * rnn.cell.tape * padded + (steps + 1) * states
     assert saved.nbytes == num_layers * batch * numbers * np.dtype(dtype).itemsize
     rnn.backward(saved, output, retain=True)
     assert saved.nbytes > 0
@@ -630,7 +633,7 @@ def test_dropout_between_layers_against_the_reference(cell):
     d_x, d_state, grads = rnn.backward(saved, problem.d_output, as_state(problem.d_state))
     singles = []
     for layer in range(3):
-        single = new_layer(cell, n_in if layer == 0 else 19, 19, dtype=F8)
+        single = new_layer(cell, n_in if layer == 0 else rnn.output_size, 19, dtype=F8)
         end = f"_l{layer}"
         single.load_state_dict(
             {k.replace(end, "_l0"): v for k, v in rnn.params.items() if k.endswith(end)}

@@ -53,13 +53,14 @@ def one_by_one(problem, lengths, resets=None):
     """The same by the reference, a piece at a time."""
     T, B = problem.x.shape[:2]
     resets = np.zeros((T, B), bool) if resets is None else resets
-    shapes = {"output": (T, B, problem.rnn.hidden_size), "d x": (T, B, problem.rnn.input_size)}
+    rnn = problem.rnn
+    shapes = {"output": (T, B, rnn.output_size), "d x": (T, B, rnn.input_size)}
     shapes |= {
-        f"{kind} {name}": (problem.rnn.num_layers, B, problem.rnn.hidden_size)
+        f"{kind} {name}": (rnn.num_layers, B, size)
         for kind in ("final", "d initial")
-        for name in problem.names
+        for name, size in zip(problem.names, rnn.state_sizes, strict=True)
     }
-    shapes |= {key: value.shape for key, value in problem.rnn.params.items()}
+    shapes |= {key: value.shape for key, value in rnn.params.items()}
     total = {key: np.zeros(shape) for key, shape in shapes.items()}
     for b, length in enumerate(lengths):
         if length == 0:

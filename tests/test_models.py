@@ -489,7 +489,7 @@ def test_sizes_that_only_empty_arrays_bear_out_are_not_allocated():
         ({"vocab_size": 2.5}, TypeError, "vocab_size: expected an integer, got 2.5"),
         ({"hidden_size": 0}, ValueError, "hidden_size: expected at least 1, got 0"),
         ({"num_layers": 0}, ValueError, "num_layers: expected at least 1, got 0"),
-        ({"num_layers": 256}, ValueError, "num_layers: expected at most 255, got 256"),
+        ({"num_layers": 256}, ValueError, "num_layers: expected at most 254, got 256"),
         ({"embedding_size": -1}, ValueError, "embedding_size: expected at least 0, got -1"),
         ({"cell": "LSTM"}, ValueError, "cell: expected one of lstm, gru, rnn, got 'LSTM'"),
         ({"dropout": 1}, ValueError, "dropout: expected a number in [0, 1), got 1"),

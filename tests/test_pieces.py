@@ -76,7 +76,10 @@ def test_with_vectors(cell, every, rng):
 def both_directions(cell, dtype, merge, **options):
     rnn = make_problem(cell, T, B, I, H, layers=2, dtype=dtype, **options)
     kind, settings = type(rnn.rnn), {"bidirectional": True, "merge": merge, "dtype": dtype}
-    for name in ("nonlinearity", "reset_after", "reset_gate", "peephole", "coupled", "cell_clip"):
+    for name in (
+        *("nonlinearity", "reset_after", "reset_gate", "peephole", "coupled", "cell_clip"),
+        *("proj_size", "layer_norm"),
+    ):
         if hasattr(rnn.rnn, name):
             settings[name] = getattr(rnn.rnn, name)
     rnn.rnn = kind(I, H, 2, seed=4, **settings)

@@ -16,10 +16,11 @@ tape  a tuple of what backward needs; it returns there the gradients of s
 Forward has two halves since one tanh waits for another's result: all gates of a row are computed
 before the first output, so that the processor has enough to do.
 
-Two things a cell may have beside:
+Four things a cell may have beside:
 
 A *late* product, of an operand m that `gates` leaves in register `operand` of the tape: some rows
 of W_h multiply m instead of h, between the halves of forward, and are added to register `into`.
+(With recurrent dropout m is multiplied by its mask there.)
 There `backward` is that of what comes after that product; the gradient of register `into` goes back
 through it to d_m, and a fourth function goes on from there:
 
@@ -30,6 +31,20 @@ through it to d_m, and a fourth function goes on from there:
 first, are summed up step by step by
 
     backward_vectors(d_v, d_tape, h_prev, h, carry_prev, carry) -> d_v
+
+*Normalisation* (Ba et al. 2016, arXiv:1607.06450): the G products of x, the first registers, and
+those of h, the next, are normalised, each row of G*H numbers together; gains and biases are
+vectors, first the G gains of x, then those of h. Registers 2 G to 3 G - 1 of what backward returns
+are the gradients of what gains and biases make of the products of x, and, if there is one, register
+3 G that of the last product of h instead. With `normed_carry` the first carry is normalised between
+the halves into the last register but one, gradients of it go back by
+
+    backward_normed(tape, d_h, v) -> tape, gradient of that register
+
+which is called before `backward` and leaves in the last register what it needs itself.
+
+A *projection*: the result of `output` stands in the last register of the tape, too, and goes
+through a matrix of its own, whose result is h. Such a cell does not look at h: it reads zeros.
 """
 
 from __future__ import annotations
@@ -45,6 +60,7 @@ from numba.core.datamodel import models
 from numba.core.extending import overload, register_model, unbox
 from numba.core.pythonapi import NativeValue
 
+from fastrnn.cells.fingerprint import fingerprint
 from fastrnn.jit import intrinsic
 from fastrnn.simd import Vec, address, read, write
 
@@ -53,7 +69,7 @@ from fastrnn.simd import Vec, address, read, write
 class Cell:
     """A cell as kernels see it.
 
-    name     what kernels and caches know it by
+    name     what it is called
     gates    products per unit: rows of the weights are `gates * H`
     tape     registers of s and of the tape per unit
     tail     where in s the part of the state begins
@@ -62,6 +78,10 @@ class Cell:
     order_late   which gates have a late product; one at most
     operand, into      its registers
     vectors, trained   how many there are, and how many of them have gradients
+    projected          whether there is a projection
+    normed, normed_carry   what is normalised
+    gate_names         of the registers of the tape that are worth a look, "" for others
+    carry_names        of the further states
     """
 
     name: str
@@ -81,6 +101,60 @@ class Cell:
     vectors: int = 0
     trained: int = 0
     backward_vectors: Callable | None = None
+    projected: bool = False
+    normed: bool = False
+    normed_carry: bool = False
+    backward_normed: Callable | None = None
+    gate_names: tuple[str, ...] = ()
+    carry_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        registers = {
+            "tail": self.tail + len(self.order_h),
+            "order_x": len(self.order_x),
+            "into": self.into + len(self.order_late),
+            "operand": self.operand + len(self.order_late),
+        }
+        for name, end in registers.items():
+            if end > self.tape:
+                raise ValueError(
+                    f"{name}: expected registers below tape = {self.tape}, got {end - 1}"
+                )
+        for name, order in (
+            ("order_x", self.order_x),
+            ("order_h and order_late", (*self.order_h, *self.order_late)),
+        ):
+            if sorted(order) != list(range(self.gates)):
+                raise ValueError(
+                    f"{name}: expected each gate from 0 to {self.gates - 1} once, got {order}"
+                )
+        ways = {
+            "order_late": len(self.order_late) > 0,
+            "projected": self.projected,
+            "normed": self.normed,
+        }
+        chosen = [name for name, there in ways.items() if there]
+        if len(chosen) > 1:
+            raise ValueError(f"{chosen[0]}: expected one of {', '.join(ways)}, got {chosen}")
+        if self.normed and (self.tail, len(self.order_x)) != (self.gates, self.gates):
+            raise ValueError(f"tail: expected gates = {self.gates} beside normed, got {self.tail}")
+        if self.normed_carry and not (self.normed and self.carries and self.backward_normed):
+            raise ValueError("normed_carry: expected normed, a carry and backward_normed beside it")
+        if len(self.order_late) > 1 or (self.order_late and self.backward_operand is None):
+            raise ValueError(
+                "order_late: expected one gate at most, with backward_operand beside it, "
+                f"got {self.order_late}"
+            )
+        if not 0 <= self.trained <= self.vectors:
+            raise ValueError(f"trained: expected 0 to vectors = {self.vectors}, got {self.trained}")
+        if self.trained and self.backward_vectors is None:
+            raise ValueError("backward_vectors: expected a function, since vectors are trained")
+        for name, count in (("gate_names", self.tape), ("carry_names", self.carries)):
+            if getattr(self, name) and len(getattr(self, name)) != count:
+                raise ValueError(f"{name}: expected {count} names, got {getattr(self, name)}")
+        if not self.carry_names:
+            names = ("c",) if self.carries == 1 else tuple(f"c{i}" for i in range(self.carries))
+            object.__setattr__(self, "carry_names", names)
 
     @functools.cached_property
     def _numba_type_(self) -> CellType:
@@ -97,7 +171,13 @@ class CellType(types.Type):
 
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
-        super().__init__(name=f"Cell({cell.name})")
+        functions = cell.gates_of, cell.output, cell.backward
+        more = cell.backward_operand, cell.backward_vectors, cell.backward_normed
+        own = fingerprint((*functions, *more))
+        counts = cell.gates, cell.tape, cell.tail, cell.carries, cell.order_x, cell.order_h
+        late = cell.order_late, cell.operand, cell.into
+        ways = cell.vectors, cell.trained, cell.projected, cell.normed, cell.normed_carry
+        super().__init__(name=f"Cell({cell.name} {own} {counts, late, ways})")
 
 
 @register_model(CellType)
@@ -120,6 +200,10 @@ def output(cell, tape, h, carry, v):
 
 def backward(cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry, v):
     """The cell's `backward`, chosen at compile time."""
+
+
+def backward_normed(cell, tape, d_h, v):
+    """The cell's `backward_normed`; other cells have none."""
 
 
 def backward_operand(cell, tape, h_prev, d_m):
@@ -156,6 +240,14 @@ def _backward(cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry, v):
     return lambda cell, tape, h_prev, h, carry_prev, carry, d_h, d_carry, v: function(
         tape, h_prev, h, carry_prev, carry, d_h, d_carry
     )
+
+
+@overload(backward_normed)
+def _backward_normed(cell, tape, d_h, v):
+    function = cell.cell.backward_normed
+    if function is None:
+        return lambda cell, tape, d_h, v: (tape, d_h)
+    return lambda cell, tape, d_h, v: function(tape, d_h, v)
 
 
 @overload(backward_operand)
@@ -200,6 +292,12 @@ sums_of = _count(lambda cell: max(cell.tail + len(cell.order_h), cell.into + len
 late_of = _count(lambda cell: len(cell.order_late))
 operand_of = _count(lambda cell: cell.operand)
 into_of = _count(lambda cell: cell.into)
+# 1 with a projection, else 0.
+projected_of = _count(lambda cell: int(cell.projected))
+# 1 with normalisation, else 0; 1 if the last product of h has a gradient of its own.
+normed_of = _count(lambda cell: int(cell.normed))
+normed_carry_of = _count(lambda cell: int(cell.normed_carry))
+apart_of = _count(lambda cell: int(cell.tape - 2 * cell.normed_carry > 3 * cell.gates))
 
 
 def _runs(count_of: str) -> Any:

@@ -45,4 +45,5 @@ GRU = Cell(
     gates_of=gates,
     output=output,
     backward=backward,
+    gate_names=("n", "r", "z", ""),
 )

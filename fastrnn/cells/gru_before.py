@@ -55,4 +55,5 @@ GRU_BEFORE = Cell(
     output=output,
     backward=backward,
     backward_operand=backward_operand,
+    gate_names=("n", "r", "z", "", ""),
 )

@@ -44,4 +44,5 @@ GRU_SIMPLE = Cell(
     gates_of=gates,
     output=output,
     backward=backward,
+    gate_names=("n", "z", ""),
 )

@@ -8,8 +8,10 @@ Variants, in any combination:
 peephole  gates see c: s_i + p_i c, s_f + p_f c, s_o + p_o c' (Gers and Schmidhuber 2000)
 coupled   f = 1 - i, and no products for it (Greff et al. 2015, CIFG)
 clip      c' stays within a bound (Sak et al. 2014); beyond it no gradient passes
+projected h' = W_hr (o tanh(c')), which is smaller (Sak et al. 2014)
 
-The tape is i, f, g, o, or i, g, o; the vectors are p_i, p_f, p_o or p_i, p_o, then the bound.
+The tape is i, f, g, o, or i, g, o, then what is projected; the vectors are p_i, p_f, p_o or
+p_i, p_o, then the bound.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from fastrnn.simd import fma, select_greater, zero
 from fastrnn.vmath import sigmoid, tanh
 
 
-def lstm(*, peephole: bool = False, coupled: bool = False, clip: bool = False) -> Cell:
+def lstm(
+    *, peephole: bool = False, coupled: bool = False, clip: bool = False, projected: bool = False
+) -> Cell:
     """The cell of these options, the same one every time."""
-    return _lstm(peephole, coupled, clip)
+    return _lstm(peephole, coupled, clip, projected)
 
 
 @functools.cache
-def _lstm(peephole: bool, coupled: bool, clip: bool) -> Cell:
+def _lstm(peephole: bool, coupled: bool, clip: bool, projected: bool) -> Cell:
     # Known when a function is compiled: what is not asked for leaves no trace.
     count = 3 if coupled else 4
     peepholes = count - 1 if peephole else 0
@@ -49,11 +53,13 @@ def _lstm(peephole: bool, coupled: bool, clip: bool) -> Cell:
             c_new = select_greater(c_new, bound, bound, c_new)
             c_new = select_greater(-bound, c_new, -bound, c_new)
         o = sigmoid(fma(v[last], c_new, s[count - 1]) if peephole else s[count - 1])
-        return (i, g, o) if coupled else (i, f, g, o), (c_new,)
+        tape = (i, g, o) if coupled else (i, f, g, o)
+        return ((*tape, s[count]) if projected else tape), (c_new,)
 
     @helper
     def output(tape, h, carry, v=()):
-        return tape[count - 1] * tanh(carry[0]), tape
+        m = tape[count - 1] * tanh(carry[0])
+        return m, ((*tape[:count], m) if projected else tape)
 
     @helper
     def backward(tape, h_prev, h, carry_prev, carry, d_h, d_carry, v=()):
@@ -81,7 +87,7 @@ def _lstm(peephole: bool, coupled: bool, clip: bool) -> Cell:
         if peephole:
             d_c_prev = fma(d_i, v[0], d_c_prev)
         d_tape = (d_i, d_g, d_o) if coupled else (d_i, d_f, d_g, d_o)
-        return d_tape, zero(d_h), (d_c_prev,)
+        return ((*d_tape, tape[count]) if projected else d_tape), zero(d_h), (d_c_prev,)
 
     @helper
     def backward_vectors(d_v, d_tape, h_prev, h, carry_prev, carry):
@@ -91,11 +97,12 @@ def _lstm(peephole: bool, coupled: bool, clip: bool) -> Cell:
             return d_i, d_o
         return d_i, fma(d_tape[1], carry_prev[0], d_v[1]), d_o
 
-    options = {"coupled": coupled, "peephole": peephole, "clip": clip}
+    options = {"coupled": coupled, "peephole": peephole, "clip": clip, "projected": projected}
+    names = ("i", "g", "o") if coupled else ("i", "f", "g", "o")
     return Cell(
         name="_".join(["lstm", *(name for name, chosen in options.items() if chosen)]),
         gates=count,
-        tape=count,
+        tape=count + projected,
         tail=0,
         carries=1,
         order_x=tuple(range(count)),
@@ -106,4 +113,7 @@ def _lstm(peephole: bool, coupled: bool, clip: bool) -> Cell:
         vectors=peepholes + clip,
         trained=peepholes,
         backward_vectors=backward_vectors,
+        projected=projected,
+        gate_names=(*names, "") if projected else names,
+        carry_names=("c",),
     )

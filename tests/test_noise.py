@@ -1,0 +1,268 @@
+"""What is drawn in training: each kind of it against the reference with the reference's masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import (
+    agree,
+    as_parts,
+    as_state,
+    compare,
+    computed,
+    each_cell,
+    each_dtype,
+    expected,
+    make_problem,
+    new_layer,
+    rms,
+    same,
+    same_results,
+    threads,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastrnn
+from fastrnn.cells import CELLS
+from fastrnn.counter import stream
+from fastrnn.dropout import drop_weights, rows_mask
+from fastrnn.reference import masks
+
+KINDS = {
+    "dropout": {"dropout": 0.4},
+    "input": {"input_dropout": 0.3},
+    "locked": {"dropout": 0.4, "input_dropout": 0.3, "locked_dropout": True},
+    "recurrent": {"recurrent_dropout": 0.4},
+    "weight": {"weight_dropout": 0.4},
+    "zoneout": {"zoneout": 0.3},
+    "both": {"recurrent_dropout": 0.3, "zoneout": 0.3},
+    "all": {
+        "dropout": 0.2,
+        "input_dropout": 0.1,
+        "locked_dropout": True,
+        "recurrent_dropout": 0.3,
+        "weight_dropout": 0.2,
+        "zoneout": 0.2,
+    },
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+SHAPE = 6, 5, 4, 19  # T, B, I, H
+
+
+def noisy(cell, kind, *, shape=SHAPE, **options):
+    # A ReLU's kink is looked for without noise: units that draw it over zero are no test.
+    cell = "rnn_tanh" if cell == "rnn_relu" and options.get("dtype") == np.float32 else cell
+    return make_problem(cell, *shape, layers=2, **KINDS[kind], **options)
+
+
+@each_cell
+@each_dtype
+@each_kind
+@pytest.mark.parametrize("seed", [0, 2**63 + 5])
+def test_training_is_that_of_the_reference(cell, dtype, kind, seed):
+    if "clip" in cell and dtype == np.float32:
+        pytest.skip("noise moves cell states to their bound")
+    problem = noisy(cell, kind, dtype=dtype)
+    got = computed(problem, given={"seed": seed})
+    compare(problem, got, expected(problem, seed=seed))
+    plain = expected(problem)
+    assert rms(got["output"] - plain["output"]) > 1e-3 * rms(plain["output"])
+
+
+@each_cell
+@each_kind
+def test_tokens_and_shapes_beside(cell, kind):
+    for shape in ((1, 2, 3, 7), (3, 70, 2, 5), (2, 3, 5, 33)):
+        tokens = "input_dropout" not in KINDS[kind]
+        problem = noisy(cell, kind, shape=shape, tokens=tokens)
+        compare(problem, computed(problem, given={"seed": 7}), expected(problem, seed=7))
+
+
+@each_cell
+@each_dtype
+def test_inference_draws_nothing_and_expects_zoneout(cell, dtype):
+    problem = make_problem(cell, *SHAPE, layers=2, dtype=dtype, **KINDS["all"])
+    want = expected(problem)
+    output, final = problem.rnn(problem.x, as_state(problem.state))
+    agree(output, want["output"], dtype, problem.terms)
+    stepper = problem.rnn.stepper(SHAPE[1])
+    stepper.state = as_state(problem.state)
+    for x, y in zip(problem.x, output, strict=True):
+        same(stepper(x), y)
+    for found, wanted in zip(as_parts(stepper.state), as_parts(final), strict=True):
+        same(found, wanted)
+    frozen = problem.rnn.freeze()
+    same(frozen(problem.x, as_state(problem.state))[0], output)
+
+
+@each_cell
+@each_dtype
+@each_kind
+def test_same_bits_for_any_threads_pieces_and_company(cell, dtype, kind):
+    problem = noisy(cell, kind, dtype=dtype)
+    want = computed(problem, given={"seed": 3})
+    for count in (2, 3, 5):
+        with threads(count):
+            same_results(computed(problem, given={"seed": 3}), want)
+    for every in (1, 2, 4):
+        same_results(computed(problem, given={"seed": 3, "checkpoint_every": every}), want)
+    # The first sequences have the same masks whatever stands behind them.
+    some = computed(problem.piece(columns=slice(0, 3)), given={"seed": 3})
+    for key in ("output", "d x"):
+        same(some[key], np.ascontiguousarray(want[key][:, :3]), key)
+
+
+@each_cell
+@each_kind
+def test_sequences_alone(cell, kind):
+    """Lengths: each sequence is what it is without the steps behind its end."""
+    problem = noisy(cell, kind)
+    lengths = [3, 6, 0, 6, 1]
+    rnn, state = problem.rnn, as_state(problem.state)
+    output, _, saved = rnn.forward(problem.x, state, lengths, seed=3)
+    _, _, grads = rnn.backward(saved, problem.d_output, as_state(problem.d_state))
+    whole = rnn.forward(problem.x, state, seed=3)[0]
+    for b, length in enumerate(lengths):
+        assert (output[length:, b] == 0).all()
+        same(np.ascontiguousarray(output[:length, b]), np.ascontiguousarray(whole[:length, b]))
+    with threads(3):
+        again, _, saved = rnn.forward(problem.x, state, lengths, seed=3, checkpoint_every=2)
+        same(again, output)
+        _, _, found = rnn.backward(saved, problem.d_output, as_state(problem.d_state))
+        same_results(found, grads)
+
+
+@each_cell
+def test_a_reset_keeps_the_masks_of_its_sequence(cell, rng):
+    problem = noisy(cell, "both")
+    rnn = problem.rnn
+    resets = np.zeros(SHAPE[:2], bool)
+    resets[3] = True
+    output, _, _ = rnn.forward(problem.x, as_state(problem.state), resets=resets, seed=3)
+    changed = problem.x.copy()
+    changed[:3] = rng.standard_normal(changed[:3].shape)
+    other, _, _ = rnn.forward(changed, as_state(problem.state), resets=resets, seed=3)
+    same(np.ascontiguousarray(output[3:]), np.ascontiguousarray(other[3:]))
+    assert (output[:3] != other[:3]).any()
+
+
+@each_cell
+@each_kind
+def test_both_directions(cell, kind, rng):
+    """The second direction is a layer that draws from its own stream, on turned sequences."""
+    T, B, n_in, H = SHAPE
+    options = {key: p for key, p in KINDS[kind].items() if "weight" not in key}
+    rnn = new_layer(cell, n_in, H, bidirectional=True, dtype=np.float64, seed=1, **options)
+    x = rng.standard_normal((T, B, n_in))
+    d_y = rng.standard_normal((T, B, rnn.output_size))
+    lengths = [6, 2, 0, 5, 6]
+    y, _, saved = rnn.forward(x, None, lengths, seed=3)
+    d_x, _, grads = rnn.backward(saved, d_y)
+    for every in (1, 4):
+        with threads(every):
+            again, _, saved = rnn.forward(x, None, lengths, seed=3, checkpoint_every=every)
+            same(again, y)
+            found, _, other = rnn.backward(saved, d_y)
+        same(found, d_x)
+        same_results(other, grads)
+    width = rnn.state_sizes[0]
+    for b, length in enumerate(lengths):
+        # From the end on, whatever is behind it.
+        alone, _, _ = rnn.forward(x[:length, : b + 1], None, seed=3) if length else (y[:0], 0, 0)
+        same(np.ascontiguousarray(alone[:, b]), np.ascontiguousarray(y[:length, b]))
+    assert (y[:, :, :width] != y[:, :, width:]).any()
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "gru_before", "lstm", "lstm_projected"])
+@each_kind
+def test_gradients_by_finite_differences(cell, kind, rng):
+    problem = noisy(cell, kind, shape=(4, 3, 3, 6))
+    rnn = problem.rnn
+    got = computed(problem, given={"seed": 5})
+
+    def loss():
+        y, final, _ = rnn.forward(problem.x, as_state(problem.state), seed=5)
+        parts = zip(as_parts(final), problem.d_state, strict=True)
+        return np.vdot(y, problem.d_output) + sum(np.vdot(s, d) for s, d in parts)
+
+    for key, value in rnn.params.items():
+        direction = rng.standard_normal(value.shape)
+        start, step = value.copy(), 1e-6
+        found = []
+        for sign in (1, -1):
+            value[...] = start + sign * step * direction
+            found.append(loss())
+        value[...] = start
+        slope = (found[0] - found[1]) / (2 * step)
+        assert abs(slope) > 1e-6, key
+        assert slope == pytest.approx(np.vdot(got[key], direction), rel=1e-5, abs=1e-7), key
+
+
+@given(
+    st.sampled_from(sorted(set(CELLS) - {"rnn_relu"})),
+    st.fixed_dictionaries(
+        {
+            "dropout": st.sampled_from([0, 0.3]),
+            "input_dropout": st.sampled_from([0, 0.3]),
+            "locked_dropout": st.booleans(),
+            "recurrent_dropout": st.sampled_from([0, 0.4]),
+            "weight_dropout": st.sampled_from([0, 0.4]),
+            "zoneout": st.sampled_from([0, 0.4]),
+            "bias": st.booleans(),
+        }
+    ),
+    st.tuples(*[st.integers(1, 9)] * 3, st.integers(8, 40)),
+    st.integers(0, 2**63),
+    st.integers(1, 3),
+    st.none() | st.integers(1, 9),
+)
+def test_random_combinations(cell, options, shape, seed, layers, every):
+    problem = make_problem(cell, *shape, layers=layers, **options)
+    got = computed(problem, given={"seed": seed, "checkpoint_every": every})
+    compare(problem, got, expected(problem, seed=seed))
+
+
+def test_how_often(rng):
+    weight = np.ones((300, 400), np.float32)
+    kept = drop_weights(weight, 0.25, 3)
+    assert set(np.unique(kept)) == {0, np.float32(1 / 0.75)}
+    assert abs((kept == 0).mean() - 0.25) < 0.01
+    same(kept, masks.weight_mask(3, 300, 400, 0.25).astype("f4"))
+    rows = rows_mask(300, 0.25, 3, np.float32)
+    assert rows.shape == (300, 1)
+    assert abs((rows == 0).mean() - 0.25) < 0.08
+
+
+def test_streams_differ():
+    assert stream(5, 0) == masks.stream(5, 0)
+    assert len({stream(seed, number) for seed in range(50) for number in range(2)}) == 100
+    same(
+        np.array([stream(2**64 - 1, n) for n in range(9)], np.uint64),
+        np.array([masks.stream(2**64 - 1, n) for n in range(9)], np.uint64),
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["input_dropout", "recurrent_dropout", "weight_dropout", "zoneout"]
+)
+@pytest.mark.parametrize("p", [-0.1, 1, np.nan, "x"])
+def test_a_bad_probability_is_named(name, p):
+    with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
+        fastrnn.GRU(3, 4, **{name: p})
+
+
+def test_tokens_have_no_input_dropout(rng):
+    layer = fastrnn.GRU(3, 4, input_dropout=0.5)
+    with pytest.raises(ValueError, match="x: expected features beside input_dropout, got tokens"):
+        layer.forward(rng.integers(3, size=(5, 2)))
+    layer(rng.integers(3, size=(5, 2)))
+
+
+def test_without_a_seed_it_is_drawn_anew(rng):
+    x = rng.standard_normal((5, 2, 3)).astype("f4")
+    for kind in ("recurrent_dropout", "weight_dropout", "zoneout", "input_dropout"):
+        one, other = (fastrnn.LSTM(3, 8, seed=0, **{kind: 0.5}) for _ in range(2))
+        runs = [one.forward(x)[0].copy() for _ in range(2)]
+        assert (runs[0] != runs[1]).any()
+        same(other.forward(x)[0].copy(), runs[0])
