@@ -33,15 +33,22 @@ _STOLEN, _TICKS, _TRIES = 0.02, 2, 4
 
 
 class Process:
-    """A worker."""
+    """A worker; `module` and `worker` are modules, the one that it runs and that which runs it."""
 
-    def __init__(self, module: str, python: str, threads: int, **environment: str) -> None:
+    def __init__(
+        self,
+        module: str,
+        python: str,
+        threads: int,
+        worker: str = "bench.worker",
+        **environment: str,
+    ) -> None:
         count = str(threads)
         counts = dict.fromkeys(
             ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), count
         )
         self._process = subprocess.Popen(
-            [python, "-m", "bench.worker", module, count],
+            [python, "-m", worker, module, count],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
