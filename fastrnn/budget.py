@@ -133,23 +133,20 @@ class _Step:
         held: list[int] = []
         own: list[int] = []
         for piece in self.pieces:
-            turned = memory.make(piece * width) if sides > 1 else []
+            turned = memory.take(piece * width) if sides > 1 else []
             if sides > 1:
                 own += memory.take(*[self.states(piece)] * sides)
             if self.whole:
-                # x turned round is NumPy's own and stays until the end, as good as used.
-                held += memory.take(*self.run(piece))
+                held += turned + memory.take(*self.run(piece))
             else:
                 chunk = min(piece, max(_CHUNK // self.row, HEIGHT)) * self.row
                 memory.give(memory.take(*[chunk] * sides))
-                memory.free(turned)
+                memory.give(turned)
                 state = work.width + self.cell.carries * work.size
                 held += memory.take(work.batch * state * sides)
         memory.give(packed + thinned)
         if sides > 1:
             output = memory.take(self.count * work.output)
-            # The second side's, in the order of the first.
-            memory.free(memory.make(self.states(self.pieces[0])))
         if self.whole:
             held += own
         else:
@@ -167,23 +164,22 @@ class _Step:
             again, turned = [], []
             if not self.whole:
                 again = memory.take(*self.run(piece), *[self.states(piece)] * sides)
-                turned = memory.make(piece * width) if sides > 1 else []
-            turned += memory.make(piece * work.width, piece * work.width) if sides > 1 else []
+                turned = memory.take(piece * width) if sides > 1 else []
+            turned += memory.take(piece * work.width, piece * work.width) if sides > 1 else []
             projected = []
             if self.cell.projected:
                 projected = memory.take(*[piece * work.width] * sides)
             for order in (self.cell.order_h, self.cell.order_late):
                 back = len(order) * self.hidden * padded(work.width, work.dtype)
                 memory.give(memory.take(*[back] * (sides if back else 0)))
-            last = memory.take(self.cell.gates * self.hidden * padded(width, work.dtype))
+            # Each side keeps its own until the end.
+            back = self.cell.gates * self.hidden * padded(width, work.dtype)
+            last = memory.take(*[back] * sides)
             scratch = self.threads * scratch_size(width, work.width, work.dtype)
             if sides > 1:
                 last += memory.take(piece * width)
             memory.free(memory.make(scratch))
-            if sides > 1:
-                memory.free(memory.make(piece * width))
-            memory.give(again + last + projected)
-            memory.free(turned)
+            memory.give(again + last + projected + turned)
         memory.give(packed)
         return d_x
 

@@ -8,11 +8,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from helpers import agree, each_dtype, same, same_results, threads
 
 import fastrnn
+from fastrnn import recurrence
 from fastrnn.cells import CELLS, Cell, helper, tanh
 from fastrnn.cells.fingerprint import fingerprint
 
@@ -209,3 +211,17 @@ def test_vectors_that_nobody_gives_are_refused():
 def test_states_have_names():
     assert replace(MGU, carries=1).carry_names == ("c",)
     assert replace(MGU, carries=2).carry_names == ("c0", "c1")
+
+
+def test_warmup_takes_a_layer():
+    cell = replace(MGU, name="warm")
+    layer = fastrnn.Recurrent(cell, 3, 4, zoneout=0.1, batch_first=True, seed=0)
+    kind = numba.typeof(cell)
+    kernels = recurrence.forward_slice, recurrence.backward_slice
+    assert not any(kind in signature for kernel in kernels for signature in kernel.signatures)
+    fastrnn.warmup(layer)
+    assert all(any(kind in found for found in kernel.signatures) for kernel in kernels)
+    compiled = [len(kernel.signatures) for kernel in kernels]
+    _, _, saved = layer.forward(np.ones((2, 3, 3), np.float32))
+    layer.backward(saved, np.ones((2, 3, 4), np.float32))
+    assert [len(kernel.signatures) for kernel in kernels] == compiled

@@ -40,8 +40,8 @@ def check(cell, dtype, T, B, I, H, tokens):
     def draw(*shape):
         return rng.standard_normal(shape).astype(dtype)
     x = rng.integers(I, size=(T, B)) if tokens else draw(T, B, I)
-    state, d_state = ([draw(1, B, H) for _ in reference.STATES] for _ in range(2))
-    d_output = draw(T, B, H)
+    state, d_state = ([draw(1, B, n) for n in layer.state_sizes] for _ in range(2))
+    d_output = draw(T, B, layer.output_size)
 
     def computed(threads):
         fastrnn.set_num_threads(threads)
@@ -77,6 +77,9 @@ parallel._SMALL = 0
 shapes = [(5, 3, 7, 19), (3, 7, 5, 33), (4, 1, 1, 1), (2, 13, 17, 8)]
 count = 0
 for cell_and_dtype, shape in itertools.product(sys.argv[1:], shapes):
+    if "norm" in cell_and_dtype and shape[3] == 1:
+        # What is normalised over three numbers cancels out.
+        shape = (4, 1, 5, 6)
     check(*cell_and_dtype.split(), *shape, tokens=False)
     count += 1
 check(*sys.argv[1].split(), 6, 5, 11, 21, tokens=True)
