@@ -42,7 +42,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any], float]] = {
     "learned_state": ("both", {"learned_state": True}, 1.25),
     "bidirectional": ("both", {"bidirectional": True}, 2.1),
 }
-CALLS: dict[str, float] = {"resets": 1.25, "checkpoint": 1.4, "flow": 1.25}
+CALLS: dict[str, float] = {"resets": 1.25, "four_pieces": 1.4, "root_pieces": 1.4, "flow": 1.25}
 PLAIN = "plain"
 
 
@@ -63,7 +63,8 @@ def _step(case: Case, cell: str, name: str) -> Callable[[], Any]:
     lengths = random.integers(T // 20, T + 1, size=B)
     given: dict[str, dict[str, Any]] = {
         "resets": {"resets": random.random((T, B)) < 0.02},
-        "checkpoint": {"checkpoint_every": round(T**0.5)},
+        "four_pieces": {"checkpoint_every": -(-T // 4)},
+        "root_pieces": {"checkpoint_every": round(T**0.5)},
         "lengths": {"lengths": lengths},
     }
     flow = {"return_flow": True} if name == "flow" else {}

@@ -29,6 +29,7 @@ from fastrnn.memory import empty, zeros
 from fastrnn.module import Module, Params, new_grads
 from fastrnn.noise import Noise
 from fastrnn.parallel import get_num_threads
+from fastrnn.rows import clear
 from fastrnn.single import Sums, Weights
 from fastrnn.stack import Made, Parts, Rows, backward_layer, forward_layer, rows_for
 from fastrnn.stepper import Stepper
@@ -721,7 +722,12 @@ def _outside(pieces: list[Layout], rows: Rows, steps: int) -> np.ndarray:
     if count == total and rows.whole is not None:
         return rows.whole
     one = rows.parts[0]
-    array = (empty if count == total else zeros)((total, one.shape[1]), one.dtype)
+    array = empty((total, one.shape[1]), one.dtype)
     for piece, values in zip(pieces, rows.parts, strict=True):
         piece.scatter(values, array)
+    if count < total:
+        left = np.ones(total, bool)
+        for piece in pieces:
+            left[piece.source] = False
+        clear(np.flatnonzero(left), array)
     return array

@@ -35,6 +35,15 @@ def _scatter(part, parts, order, x, y):
 
 
 @kernel
+def _clear(part, parts, order, y):
+    """y[order] = 0."""
+    width = y.shape[1]
+    for r in range(order.size * part // parts, order.size * (part + 1) // parts):
+        for u in range(order[r] * width, (order[r] + 1) * width):
+            y[0, u] = 0
+
+
+@kernel
 def _join(part, parts, order, beside, scale, one, other, y):
     """y[r] = one[r] and other[order[r]], beside each other, or (their sum) * scale."""
     rows, width = one.shape
@@ -68,6 +77,12 @@ def scatter(order: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
         y[order] = x
     else:
         run(_scatter, _parts(x), order, x, y)
+
+
+def clear(order: np.ndarray, y: np.ndarray) -> None:
+    """y[order] = 0, for y (N, H)."""
+    parts = parts_for(order.size * y.shape[1] * ELEMENT, max(1, order.size))
+    run(_clear, parts, order, y)
 
 
 def join(order: np.ndarray, one: np.ndarray, other: np.ndarray, merge: str, y: np.ndarray) -> None:
