@@ -73,6 +73,11 @@ class Layout:
         return who
 
     @functools.cached_property
+    def alone(self) -> np.ndarray:
+        """(N,): the rows in their own order."""
+        return np.arange(self.count)
+
+    @functools.cached_property
     def _place(self) -> tuple[np.ndarray, np.ndarray]:
         """(step, column) of each row."""
         step = np.repeat(np.arange(self.steps), np.diff(self.starts[1:]))

@@ -258,12 +258,12 @@ def forward_slice(
 
 @kernel
 def backward_slice(
-    part, parts, meeting, cell, size, starts, ends, d_output, w_h, w_late, w_r, zeros, v,
+    part, parts, meeting, cell, size, starts, ends, d_output, order, w_h, w_late, w_r, zeros, v,
     h, carry, tape, stats, d_h, d_carry, d_m, d_s, d_r, drawn, flow,
 ):  # fmt: skip
     """Turn the tape into gradients of the gates, for the part'th slice.
 
-    d_output  (N, H), or (1, H): the same for all
+    d_output  (..., H); order (N,): which of its rows belongs to each step
     w_h, w_late, w_r   packed by `pack`; zeros (Hp,); v as in `pack_layer`
     d_h, d_carry  (C, Hp), (C, carries*Hp): gradient of the final state in, of the initial state out
     d_m       (C, Hp) with a late product, a projection, a mask or normalisation: scratch
@@ -289,7 +289,6 @@ def backward_slice(
     end = min(high, size)
     sees = 1 - projected_of(cell)
     fresh = room(drawn, h)
-    d_row = width if d_output.shape[0] == tape.shape[0] else 0
     for t in range(steps - 1, -1, -1):
         rows = _active(starts, t, first, columns)
         here = starts[t + 1] - starts[1] + first
@@ -297,11 +296,11 @@ def backward_slice(
         met = (steps - 1 - t) * meetings
         if projected_of(cell) == 1:
             for r in range(rows):
-                b = first + r
+                b, given = first + r, order[here + r] * width
                 weigh(drawn, here + r, 0, width, fresh)
                 for u in range(0, width, w):
                     total = load(d_h, b * wide + u)
-                    total = total + load_n(d_output, (here + r) * d_row + u, width - u)
+                    total = total + load_n(d_output, given + u, width - u)
                     _note(flow, (here + r) * width + u, total, width - u)
                     passed = passing(drawn, fresh, u, total)
                     store_n(d_r, (here + r) * width + u, passed, width - u)
@@ -314,12 +313,12 @@ def backward_slice(
             before, after = (old + r) * width, (new + r) * width
             c_before, c_after = (old + r) * carry_row, (new + r) * carry_row
             kept = (here + r) * row
-            b = first + r
+            b, given = first + r, order[here + r] * width
             if projected_of(cell) == 0:
                 weigh(drawn, here + r, low, end, fresh)
             if stats is not None and normed_carry_of(cell) == 1:
                 for u in range(low, end, w):
-                    gradient = load_n(d_output, (here + r) * d_row + u, size - u)
+                    gradient = load_n(d_output, given + u, size - u)
                     total = load(d_h, b * run + u) + gradient
                     d_tape, d_normed = backward_normed(
                         cell,
@@ -336,7 +335,7 @@ def backward_slice(
                     total = load_n(d_m, b * run + u, size - u)
                     passed = total
                 else:
-                    gradient = load_n(d_output, (here + r) * d_row + u, size - u)
+                    gradient = load_n(d_output, given + u, size - u)
                     total = load(d_h, b * run + u) + gradient
                     _note(flow, (here + r) * size + u, total, size - u)
                     passed = passing(drawn, fresh, u, total)

@@ -570,7 +570,7 @@ class Recurrent(Module):
             letter = "H" if self.output_size <= self.hidden_size else "2 H"
             d_y = axes.gradient("d_output", d_output, self.output_size, letter, self.dtype)
             d_y = d_y.reshape(steps * batch, self.output_size)
-            d_ys = Rows([piece.gather(d_y) for piece in pieces], None)
+            d_ys = Rows([d_y] * len(pieces), None, outside=True)
         layers = saved.take(retain)
         d_initial = [np.empty_like(s) for s in d_states]
         d_table: np.ndarray | None = None

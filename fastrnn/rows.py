@@ -94,8 +94,8 @@ def join(order: np.ndarray, one: np.ndarray, other: np.ndarray, merge: str, y: n
 def part_of(
     d_y: np.ndarray, side: int, order: np.ndarray | None, merge: str, size: int
 ) -> np.ndarray:
-    """The opposite: the gradient (N, size) of one of both, from that of y."""
-    y = empty((len(d_y), size), d_y.dtype)
+    """The opposite: the gradient (N, size) of one of both, from that of y, in the order given."""
+    y = empty((len(d_y if order is None else order), size), d_y.dtype)
     scale = d_y.dtype.type(0.5 if merge == "mean" else 1)
     start = side * size if merge == "concat" else 0
     arguments = NO_ORDER if order is None else order, start, scale, False

@@ -191,14 +191,14 @@ def backward(
     cell: Cell,
     weights: list[Weights],
     kept: list[Kept],
-    d_ys: list[np.ndarray],
+    d_ys: list[tuple[np.ndarray, np.ndarray]],
     d_last: list[list[np.ndarray]],
     *,
     watch: bool = False,
 ) -> tuple[list[list[np.ndarray]], list[np.ndarray | None], list[np.ndarray | None]]:
     """Turns each direction's tape into gradients of its gates.
 
-    d_ys  (N, H), or (1, H) for all steps alike
+    d_ys  gradients (..., H) and which row of them belongs to each step, (N,)
     Returns for each direction the gradients of its initial state, those of what its projection
     gives (N, P), if it has one, and with `watch` those of h at each step (N, H).
     """
@@ -230,7 +230,7 @@ def backward(
             v = _in_registers(of.v, hidden)
         flow = empty((layout.count, width), dtype) if watch else None
         packed = of.pack_back("h", cell.order_h, hidden, size)
-        call: tuple = (cell, size, layout.starts, layout.ends, d_y, packed, late, back, none, v)
+        call: tuple = (cell, size, layout.starts, layout.ends, *d_y, packed, late, back, none, v)
         memory = side.h, side.carry, side.tape, side.stats, d_h, d_carry, d_m, d_s, d_r
         calls.append((*call, *memory, side.drawn, flow))
         states.append((d_h, d_carry))

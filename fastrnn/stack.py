@@ -23,10 +23,15 @@ Parts = list[np.ndarray]  # of a state, (B, H) each
 
 
 class Rows(NamedTuple):
-    """Rows of all pieces; `whole`: of all together, if they follow one another in memory."""
+    """Rows of all pieces.
+
+    whole    of all together, if they follow one another in memory
+    outside  each part is the array of the caller's, where rows are at `Layout.source`
+    """
 
     parts: list[np.ndarray]
     whole: np.ndarray | None
+    outside: bool = False
 
 
 def rows_for(pieces: list[Layout], width: int, dtype: Any, *, states: bool = False) -> Rows:
@@ -161,14 +166,21 @@ def _packed_once(weights: list[Weights]) -> list[Weights]:
     return [of._replace(packed={}) for of in weights]
 
 
-def _part_of(d_y: np.ndarray, layout: Layout, side: int, sides: int, merge: str) -> np.ndarray:
-    """The gradient of the output of a side."""
+def _part_of(
+    d_ys: Rows, piece: Layout, p: int, side: int, sides: int, merge: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gradient of the output of a side, and which row of it belongs to each step."""
+    d_y = d_ys.parts[p]
+    alike = len(d_y) == 1
     if sides == 1:
-        return d_y
+        order = piece.source if d_ys.outside else piece.alone
+        return d_y, np.zeros_like(order) if alike else order
     size = d_y.shape[1] // 2 if merge == "concat" else d_y.shape[1]
-    # What is the same for all steps has no order.
-    turned = side == 1 and len(d_y) == layout.count
-    return part_of(d_y, side, layout.flip if turned else None, merge, size)
+    layout = piece.turned if side else piece
+    if alike:
+        return part_of(d_y, side, None, merge, size), np.zeros_like(piece.alone)
+    order = layout.source if d_ys.outside else piece.flip if side else piece.alone
+    return part_of(d_y, side, order, merge, size), piece.alone
 
 
 def backward_layer(
@@ -187,7 +199,7 @@ def backward_layer(
 ) -> tuple[Rows, list[Parts]]:
     """(d_x of each piece, none if it is not wanted; gradients of the initial states of each side).
 
-    d_ys   of each piece, (N, H) or (1, H) for all steps alike
+    d_ys   of each piece; a part (1, H) is that of all steps
     norms  (sides, T*B) in float64, filled with the norms of the gradients of h
     """
     sides = len(weights)
@@ -207,9 +219,7 @@ def backward_layer(
             kept = forward(
                 cell, weights, layouts, inputs, table, begun, nowhere, made.noises, keep=True
             )
-        parts = [
-            _part_of(d_ys.parts[p], pieces[p], side, sides, merge) for side, p in enumerate(at)
-        ]
+        parts = [_part_of(d_ys, pieces[p], p, side, sides, merge) for side, p in enumerate(at)]
         watch = norms is not None
         d_states, d_rs, flows = backward(cell, weights, kept, parts, d_states, watch=watch)
         for side, flow in enumerate(flows):
