@@ -17,6 +17,7 @@ from helpers import (
     expected,
     layer_params,
     make_problem,
+    mostly_double,
     new_layer,
     reference_of,
     same,
@@ -87,8 +88,7 @@ def test_gates_are_not_kept_in_pieces(rng):
             layer.forward(x, return_gates=True, **options)
 
 
-@each_cell
-@each_dtype
+@mostly_double
 def test_flow_is_the_gradient_of_the_state_before_each_step(cell, dtype):
     """The reference's gradient of the initial state, of all that comes after step t."""
     problem = make_problem(cell, T, B, n_in, H, layers=2, dtype=dtype)
