@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any], float]] = {
     "peephole": ("lstm", {"peephole": True}, 1.25),
     "coupled": ("lstm", {"coupled": True}, 1.25),
     "cell_clip": ("lstm", {"cell_clip": 3.0}, 1.25),
-    "proj_size": ("lstm", {"proj_size": -2}, 1.25),
+    "proj_size": ("lstm", {"proj_size": None}, 1.25),
     "layer_norm": ("both", {"layer_norm": True}, 1.5),
     "input_dropout": ("both", {"input_dropout": 0.3}, 1.25),
     "recurrent_dropout": ("both", {"recurrent_dropout": 0.3}, 1.25),
@@ -56,6 +56,7 @@ def _step(case: Case, cell: str, name: str) -> Callable[[], Any]:
     T, B = case.T, case.B
     options = dict(LAYERS[name][1]) if name in LAYERS else {}
     if "proj_size" in options:
+        # Of the case's size.
         options["proj_size"] = case.H // 2
     layer = getattr(fastrnn, cell.upper())(case.I, case.H, seed=0, **options)
     x = random.standard_normal((T, B, case.I), dtype=np.float32)

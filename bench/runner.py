@@ -33,7 +33,7 @@ _STOLEN, _TICKS, _TRIES = 0.02, 2, 4
 
 
 class Process:
-    """A worker; `module` and `worker` are modules, the one that it runs and that which runs it."""
+    """A worker: the module `worker`, run with `module` and `threads` for arguments."""
 
     def __init__(
         self,

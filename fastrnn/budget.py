@@ -5,6 +5,7 @@ Memory that is given up stays with the process for the next array of its size (`
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,6 +28,7 @@ class Work(NamedTuple):
     dropout whether there is dropout of x, and between layers
     masked  whether products see something else than h
     thinned whether some of weight_hh are dropped
+    tokens  whether x are tokens
     widths  of the input of each layer
     params  numbers in all parameters
     piece   steps between checkpoints, or all
@@ -41,6 +43,7 @@ class Work(NamedTuple):
     dropout: tuple[bool, bool]
     masked: bool
     thinned: bool
+    tokens: bool
     params: int
     dtype: np.dtype
     steps: int
@@ -153,10 +156,14 @@ class _Step:
             memory.give(own)
         return held, output
 
-    def backward(self, width: int) -> list[int]:
+    def backward(self, width: int, tokens: bool) -> list[int]:
         """A layer: its d_x."""
         memory, work, sides = self.memory, self.work, self.sides
-        d_x = memory.take(self.count * width)
+        if tokens:
+            # No d_x, but sums of gradients by token.
+            d_x = memory.take(*[self.cell.gates * self.hidden * width] * sides)
+        else:
+            d_x = memory.take(self.count * width)
         packed = [] if self.whole else memory.take(*self.packed(width))
         # Beside the weights their gradients, summed up apart and then once more.
         packed += memory.take(*self.thinned * 3)
@@ -174,9 +181,9 @@ class _Step:
                 memory.give(memory.take(*[back] * (sides if back else 0)))
             # Each side keeps its own until the end.
             back = self.cell.gates * self.hidden * padded(width, work.dtype)
-            last = memory.take(*[back] * sides)
+            last = memory.take(*[0 if tokens else back] * sides)
             scratch = self.threads * scratch_size(width, work.width, work.dtype)
-            if sides > 1:
+            if sides > 1 and not tokens:
                 last += memory.take(piece * width)
             memory.free(memory.make(scratch))
             memory.give(again + last + projected + turned)
@@ -207,7 +214,7 @@ def step_numbers(work: Work, threads: int) -> int:
     above: list[int] = []
     for width in reversed(work.widths):
         held = layers.pop()
-        d_x = step.backward(width)
+        d_x = step.backward(width, work.tokens and not layers)
         memory.give(above + held)
         above = d_x
     return memory.most
@@ -216,7 +223,7 @@ def step_numbers(work: Work, threads: int) -> int:
 def piece_within(
     budget_mb: float, steps: int, batch: int, bytes_of: Callable[..., int]
 ) -> int | None:
-    """Steps of the longest pieces, halves of halves of all, whose training stays within a budget.
+    """Steps of pieces, halves of halves of all, whose training stays within a budget; None: all.
 
     bytes_of  `Recurrent.training_bytes`
     """
@@ -229,7 +236,7 @@ def piece_within(
         # Shorter pieces take more and more states in between.
         if every == 1 or found > 2 * least:
             raise ValueError(
-                f"budget_mb: expected at least {least / 1e6:.1f} for {steps} steps of {batch} "
+                f"budget_mb: expected at least {math.ceil(least / 1e5) / 10} for {steps} steps of {batch} "
                 f"sequences, got {budget_mb:g}; take fewer sequences or shorter ones"
             )
         every = -(-every // 2)

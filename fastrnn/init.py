@@ -2,7 +2,7 @@
 
 pytorch   all of them U(-1/sqrt(H), 1/sqrt(H)), as in torch.nn
 glorot    Keras's: weight_ih uniform as by Glorot and Bengio (2010), weight_hh with orthonormal
-          columns (Saxe et al. 2014, arXiv:1312.6120), biases 0, but 1 for a forget gate
+          columns (Saxe et al. 2014, arXiv:1312.6120), biases 0, but 1 for the forget gate of `LSTM`
 identity  weight_hh the identity, weight_ih from a normal distribution of deviation 0.001, biases 0:
           for a ReLU network that remembers (Le et al. 2015, arXiv:1504.00941)
 
@@ -47,12 +47,7 @@ def initial(
 
 
 def _orthonormal(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
-    """Columns of norm 1 at right angles, no direction likelier than another; at least as many rows.
-
-    A matrix with more columns than rows has such rows instead.
-    """
-    tall = max(shape), min(shape)
-    q, r = np.linalg.qr(random.standard_normal(tall))
+    """Columns of norm 1 at right angles, no direction likelier than another; not more than rows."""
+    q, r = np.linalg.qr(random.standard_normal(shape))
     # Without this Q would not be uniform (Mezzadri 2007, arXiv:math-ph/0609050).
-    q *= np.sign(np.diag(r))
-    return q if shape == tall else q.T
+    return q * np.sign(np.diag(r))

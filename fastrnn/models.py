@@ -22,7 +22,7 @@ CELL_NAMES = ("lstm", "gru", "rnn")
 _HEAD = 4
 # Seeds of one step: one for each layer, the last two for the embedding and before the head.
 SEEDS = 256
-# Chances of what is drawn in training, and whether masks are locked.
+# Chances of what is drawn in training beside dropout.
 _DRAWN = ("input_dropout", "embedding_dropout", "recurrent_dropout", "weight_dropout", "zoneout")
 # Numbers of logits that are worked on at a time where no gradient is wanted.
 _LOGITS = 1 << 22
@@ -258,7 +258,7 @@ def model_from_config(
     """The model of `LanguageModel.config` with these weights; both are checked strictly."""
     wanted = LanguageModel(1, 1).config()
     if isinstance(config, Mapping):
-        # Models of version 0.1.0 know nothing of these.
+        # Files that are older than these say nothing of them.
         config = {name: wanted[name] for name in (*_DRAWN, "locked_dropout")} | dict(config)
     if not isinstance(config, Mapping) or set(config) != set(wanted):
         raise ValueError(f"model: expected the keys {sorted(wanted)}, got {config!r:.200}")

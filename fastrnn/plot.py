@@ -13,22 +13,25 @@ from fastrnn.checks import as_array
 def gradient_flow(flow: Any, labels: Sequence[str] | None = None, ax: Any = None) -> Any:
     """Draw how the gradient of the loss in h vanishes or explodes on its way back through time.
 
-    flow    (layers, T), or (layers, T, B): the fourth result of `backward(..., return_flow=True)`;
-            of several sequences the root of the mean of squares is drawn
-    labels  one for each row; "layer 0", ... by default
+    flow    (rows, T), or (rows, T, B): the fourth result of `backward(..., return_flow=True)`; of
+            several sequences the root of the mean of squares is drawn, of those that take the step
+    labels  one for each row: each layer, or each direction of each layer; "0", "1", ... by default
     ax      matplotlib axes to draw on; a new figure by default
     Returns the axes.
     """
     array = as_array("flow", flow)
     if array.ndim not in (2, 3):
-        raise ValueError(f"flow: expected shape (layers, T) or (layers, T, B), got {array.shape}")
+        raise ValueError(f"flow: expected shape (rows, T) or (rows, T, B), got {array.shape}")
     norms = array.astype(np.float64)
     if array.ndim == 3:
-        norms = np.sqrt((norms**2).mean(axis=2))
+        taking = np.maximum(1, (norms > 0).sum(axis=2))
+        norms = np.sqrt((norms**2).sum(axis=2) / taking)
     if labels is None:
-        labels = [f"layer {i}" for i in range(len(norms))]
+        labels = [str(i) for i in range(len(norms))]
     if len(labels) != len(norms):
-        raise ValueError(f"labels: expected {len(norms)}, one for each layer, got {len(labels)}")
+        raise ValueError(
+            f"labels: expected {len(norms)}, one for each row of flow, got {len(labels)}"
+        )
     if ax is None:
         from matplotlib.figure import Figure
 

@@ -131,7 +131,10 @@ class Readout(Module):
         self._bind()
         grads = new_grads(self.params, grads)
         if not isinstance(saved, list) or len(saved) != len(self._layers):
-            raise TypeError("saved: expected the second result of forward of this readout")
+            raise TypeError(
+                f"saved: expected the second result of forward, {len(self._layers)} arrays in a "
+                f"list, got {type(saved).__name__}"
+            )
         for i in reversed(range(len(self._layers))):
             own = {key: grads[f"{i}.{key}"] for key in self._layers[i].params}
             wanted = i > 0 or need_d_x

@@ -37,7 +37,9 @@ from fastrnn.cells.cell import (
     of_x,
     operand_of,
     projected_of,
-    store_runs,
+    store_carry,
+    store_tape,
+    store_trained,
     tail_of,
     tape_of,
 )
@@ -326,7 +328,7 @@ def backward_slice(
                         passing(drawn, fresh, u, total),
                         load_vectors(cell, v, u, run),
                     )
-                    store_runs(tape, kept + u, run, d_tape)
+                    store_tape(cell, tape, kept + u, run, d_tape)
                     store(d_m, b * run + u, d_normed)
                 s, d = at(tape, kept), at(d_m, b * run)
                 back_carry(cell, s, size, run, d, stats[here + r, 2], d_carry, b * carry_row)
@@ -350,10 +352,10 @@ def backward_slice(
                     load_carry(cell, d_carry, b * carry_row + u, run),
                     load_vectors(cell, v, u, run),
                 )
-                store_runs(tape, kept + u, run, d_gates)
+                store_tape(cell, tape, kept + u, run, d_gates)
                 if projected_of(cell) == 0:
                     store(d_h, b * run + u, staying(drawn, fresh, u, total, d_h_prev))
-                store_runs(d_carry, b * carry_row + u, run, d_carry_prev)
+                store_carry(cell, d_carry, b * carry_row + u, run, d_carry_prev)
         if late_of(cell) == 1:
             if together:
                 arrive(meeting, part, met + 1)
@@ -373,7 +375,7 @@ def backward_slice(
                         load_n(h, (old + r) * size + u, size - u),
                         load_n(d_m, b * run + u, size - u),
                     )
-                    store_runs(tape, kept + u, run, d_gates)
+                    store_tape(cell, tape, kept + u, run, d_gates)
                     store(d_h, b * run + u, load(d_h, b * run + u) + more)
         d_a, d_a_row = at(tape, here * row + tail_of(cell) * run), row
         if stats is not None:
@@ -591,5 +593,5 @@ def vector_gradients(part, parts, cell, size, rows, before, h, carry, tape, d_v)
                 load_carry(cell, carry, old * carry_row + u, run),
                 load_carry(cell, carry, new * carry_row + u, run),
             )
-        store_runs(d_v, u, run, total)
+        store_trained(cell, d_v, u, run, total)
     restore_denormals(mode)

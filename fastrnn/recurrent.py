@@ -4,12 +4,14 @@ Layers keep no memory between calls (but for `Frozen`): what backward needs is i
 forward returns. `backward` adds to `grads` if they are given; pieces of a sequence, last piece
 first, then give the same bits as the whole. (With `vectors`, the gradients of vectors and weight_ih
 of each call are summed up by token first, with `weight_dropout` those of weight_hh apart: there,
-pieces agree with the whole to rounding.)
+pieces agree with the whole to rounding. Masks go by the step in a call and the place in the batch:
+with those that differ from step to step, pieces in calls of their own are another draw.)
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -67,7 +69,7 @@ class Saved:
 
         Hp: see recurrence. T*B is the sum of `lengths` if they are given, and each reset counts as
         a sequence more. With `recurrent_dropout` B*(T+1)*H more. With `checkpoint_every`: the
-        states in between. Beside them what comes into each layer is kept: x itself, or a copy in
+        states in between. With layer_norm 3 B*T, with a projection P in place of that H. Beside them what comes into each layer is kept: x itself, or a copy in
         another order, and what dropout made.
         """
         return sum(made.nbytes for made in self._layers or ())
@@ -114,7 +116,11 @@ class Recurrent(Module):
     zoneout            of units of h that stay as they are, each step others (Krueger et al. 2017,
                        arXiv:1606.01305); without training h moves by what is expected
 
-    Masks are functions of a seed and never stored (but for B*H numbers of recurrent dropout).
+    Masks are functions of the seed, the layer (which adds its number to the seed), the step in a call
+    and the place in the batch; they are not stored, but for recurrent dropout's (B, H), beside which h
+    as products saw it is kept.
+
+    proj_size       P, for cells with a projection: see `LSTM`
     """
 
     # Vectors of the cell that are no parameters: a number for all units.
@@ -246,7 +252,8 @@ class Recurrent(Module):
         sizes = self.input_size, self.hidden_size, self.num_layers, self.proj_size
         chances = self.dropout, self.input_dropout, self.locked_dropout, self.weight_dropout
         ways = self.bidirectional, self.merge, self.learned_state
-        return self.cell.name, *self._settings, *sizes, *chances, *ways, self.dtype
+        # Of two cells with one name the functions may differ.
+        return str(self.cell._numba_type_), *self._settings, *sizes, *chances, *ways, self.dtype
 
     def _weights(
         self, layer: int, arrays: Mapping[str, np.ndarray], seed: int | None = None
@@ -317,8 +324,8 @@ class Recurrent(Module):
         """Run over a sequence and keep nothing: `(output, state)`; see `forward`.
 
         return_gates  a third result: the gates and the further states of all steps, a dict of
-                      arrays (T, B, H) by their names and layer, "i_l0", "c_l1_reverse"; and the
-                      outputs of the directions of all layers, "h_l0"
+                      arrays by their names and layer, "i_l0", "c_l1_reverse", (T, B, H) or as the
+                      output lies; and the outputs of the directions of all layers, "h_l0"
         """
         done = self._forward(
             x, state, lengths, resets, vectors, training=False, seed=None, look=bool(return_gates)
@@ -360,8 +367,8 @@ class Recurrent(Module):
         checkpoint_every   keep what comes into each layer and the states of every so many steps,
                 and no tape: backward takes pieces of that length forward again. Less memory (see
                 `training_bytes`), a fifth to a half more time (docs/decisions/0010), the same bits
-        budget_mb      the same with the longest pieces for which `training_bytes` stays within so
-                many millions of bytes
+        budget_mb      the same with the longest pieces, of halves of halves of all steps, for which
+                `training_bytes` stays within so many millions of bytes
         return_gates   see `__call__`; not with pieces
         Returns output (T, B, output_size), the final state, what `backward` needs, and the gates if
         they are wanted. The output is read-only, x and vectors must not change until then: backward
@@ -417,7 +424,8 @@ class Recurrent(Module):
             # Backward writes where the tokens say: they must still be the ones that were checked.
             x = x.copy()
         if budget_mb is not None:
-            every = piece_within(budget_mb, axes.steps, axes.batch, self.training_bytes)
+            bytes_of = functools.partial(self.training_bytes, tokens=tokens)
+            every = piece_within(budget_mb, axes.steps, axes.batch, bytes_of)
         pieces = _pieces(axes, lengths, resets, every)
         rows = x.reshape(axes.steps * axes.batch, *x.shape[2:])
         xs = Rows([piece.gather(rows) for piece in pieces], None)
@@ -493,8 +501,12 @@ class Recurrent(Module):
                 found[f"{name}_l{layer}{end}"] = axes.outward(array)
         return found
 
-    def training_bytes(self, steps: int, batch: int, *, checkpoint_every: int | None = None) -> int:
+    def training_bytes(
+        self, steps: int, batch: int, *, checkpoint_every: int | None = None, tokens: bool = False
+    ) -> int:
         """Bytes that `forward` and `backward` take, about, for features of (steps, batch, I).
+
+        Or, with `tokens`, for tokens. Steps behind the end of a sequence are counted, too.
 
         To a few per cent where there are many steps, with `checkpoint_every` to a tenth: arrays of
         the size of a state are not counted.
@@ -517,6 +529,7 @@ class Recurrent(Module):
             (self.input_dropout > 0, self.dropout > 0),
             self.recurrent_dropout > 0,
             self.weight_dropout > 0,
+            bool(tokens),
             sum(value.size for value in self.params.values()),
             self.dtype,
             steps,
@@ -544,9 +557,9 @@ class Recurrent(Module):
         need_d_x   False saves the work for a first layer whose input is data
         retain     keep `saved` usable, at the cost of a copy
         return_flow  a fourth result: how much of the loss comes back to each step, the norms of
-                   its gradients in h, float64 (num_layers, T, B), of a bidirectional layer
-                   (2 * num_layers, T, B). They vanish or explode towards the beginning; see
-                   `fastrnn.plot`
+                   its gradients in h, float64 (num_layers, T, B), also with batch_first; of a
+                   bidirectional layer (2 * num_layers, T, B), both directions of each layer. They
+                   vanish or explode towards the beginning; see `fastrnn.plot`
         Returns d_x (None for tokens or if not needed, the gradient of `vectors` if forward had
         them), d_state of the initial state, grads.
         """
@@ -567,7 +580,8 @@ class Recurrent(Module):
         if d_output is None:
             d_ys = Rows([np.zeros((1, self.output_size), self.dtype)] * len(pieces), None)
         else:
-            letter = "H" if self.output_size <= self.hidden_size else "2 H"
+            letter = "P" if self.proj_size else "H"
+            letter = f"2 {letter}" if self.output_size > self.state_sizes[0] else letter
             d_y = axes.gradient("d_output", d_output, self.output_size, letter, self.dtype)
             d_y = d_y.reshape(steps * batch, self.output_size)
             d_ys = Rows([d_y] * len(pieces), None, outside=True)
@@ -629,7 +643,8 @@ class Recurrent(Module):
         result = d_first, self._state_out(d_initial, axes.unbatched), grads
         if flow is None:
             return result
-        return *result, np.stack([axes.outward(part) for part in flow.reshape(-1, steps, batch)])
+        norms = flow.reshape(-1, steps, batch)
+        return *result, norms[:, :, 0] if axes.unbatched else norms
 
     def stepper(self, batch: int | None = None, *, tokens: bool = False) -> Stepper:
         """The layers one step at a time, with the state kept: `y = stepper(x)`; see `Stepper`.
@@ -679,10 +694,15 @@ class Recurrent(Module):
         found = []
         for letter, size, value in zip(names, sizes, state, strict=True):
             label = name if len(names) == 1 else f"{name} {letter}"
+            units = "P" if self.proj_size and letter == "h" else "H"
             if axes.unbatched:
-                array = as_floats(label, value, dtype, (count, size), f"{letters}, H)")[:, None]
+                array = as_floats(label, value, dtype, (count, size), f"{letters}, {units})")[
+                    :, None
+                ]
             else:
-                array = as_floats(label, value, dtype, (count, batch, size), f"{letters}, B, H)")
+                array = as_floats(
+                    label, value, dtype, (count, batch, size), f"{letters}, B, {units})"
+                )
             found.append(array)
         return found
 

@@ -14,7 +14,8 @@ from fastrnn.cells.cell import (
     of_x,
     output,
     projected_of,
-    store_runs,
+    store_carry,
+    store_tape,
     sums_of,
     tape_of,
 )
@@ -51,8 +52,8 @@ def first_half(cell, low, end, size, run, h, before, v, s, carry, c_before, c_af
             load_carry(cell, carry, c_before + u, run),
             load_vectors(cell, v, u, run),
         )
-        store_runs(s, u, run, tape_new)
-        store_runs(carry, c_after + u, run, carry_new)
+        store_tape(cell, s, u, run, tape_new)
+        store_carry(cell, carry, c_after + u, run, carry_new)
 
 
 @helper
@@ -66,7 +67,7 @@ def second_half(cell, low, end, size, run, h, before, h_new, after, v, s, carry,
             load_carry(cell, carry, c_after + u, run),
             load_vectors(cell, v, u, run),
         )
-        store_runs(s, u, run, tape_new)
+        store_tape(cell, s, u, run, tape_new)
         store_n(h_new, after + u, h_next, (size - u) * (1 - projected_of(cell)))
 
 

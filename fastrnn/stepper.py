@@ -248,6 +248,8 @@ class Stepper:
         layer, cell = self._layer, self._layer.cell
         layer.check_params()
         layers = [layer._weights(i, layer.params)[0][:6] for i in range(layer.num_layers)]
+        # What a state begins with belongs to the weights.
+        self._first = layer._initial(None, Axes(1, self._count, False, False))
         fresh = expected(layer.zoneout, self.dtype)
         self._use(bind(cell, layers, self._tokens), fresh)
 
@@ -324,7 +326,7 @@ class Stepper:
 
     @property
     def state(self) -> Any:
-        """A copy of the state, as the layer takes and returns it; assign to it to change it."""
+        """A copy of the state, as the layer takes and returns it; assign one, or None to begin."""
         size, run = self._layer.hidden_size, self._run
         parts = [self._h.copy()]
         for i in range(self._layer.cell.carries):
@@ -335,7 +337,7 @@ class Stepper:
     def state(self, state: Any) -> None:
         size, run = self._layer.hidden_size, self._run
         axes = Axes(1, self._count, False, self._unbatched)
-        parts = self._layer._initial(state, axes)
+        parts = self._first if state is None else self._layer._initial(state, axes)
         self._h[...] = parts[0]
         for i, value in enumerate(parts[1:]):
             self._carry[:, :, i * run : i * run + size] = value

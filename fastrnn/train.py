@@ -47,7 +47,7 @@ class Settings:
                    0: the latest weights
     val_fraction   share of the text, its end, that is kept for validation
     val_every      steps between validations; 0: once an epoch, at least every 1000 steps
-    seed           of the dropout masks
+    seed           of all that is drawn in training
     """
 
     batch: int = 32

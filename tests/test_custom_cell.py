@@ -182,6 +182,10 @@ def test_what_changes_a_fingerprint():
         ({"trained": 1}, "trained"),
         ({"vectors": 1, "trained": 1}, "backward_vectors"),
         ({"gate_names": ("a",)}, "gate_names"),
+        ({"gate_names": ("h", "", "", "", "")}, "gate_names"),
+        ({"gate_names": ("a", "a", "", "", "")}, "gate_names"),
+        ({"operand": -1}, "operand"),
+        ({"carries": -1}, "carries"),
         ({"carries": 2, "carry_names": ("a",)}, "carry_names"),
     ],
     ids=str,
@@ -225,3 +229,24 @@ def test_warmup_takes_a_layer():
     _, _, saved = layer.forward(np.ones((2, 3, 3), np.float32))
     layer.backward(saved, np.ones((2, 3, 4), np.float32))
     assert [len(kernel.signatures) for kernel in kernels] == compiled
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("output", helper(lambda tape, h, carry: (h, tape[:4]))),
+        ("gates_of", helper(lambda s, h, carry: (s, (h,)))),
+        ("backward", helper(lambda tape, a, h, b, c, d_h, d: (tape[1:], d_h, d))),
+    ],
+    ids=["output", "gates", "backward"],
+)
+def test_registers_too_few_or_too_many_are_named(name, function):
+    cell = replace(MGU, **{name: function})
+    layer = fastrnn.Recurrent(cell, 3, 4, seed=0)
+
+    def train():
+        _, _, saved = layer.forward(np.ones((2, 1, 3), np.float32))
+        layer.backward(saved, np.ones((2, 1, 4), np.float32))
+
+    with pytest.raises(numba.TypingError, match=r"mgu: expected \d registers as the \w+ that"):
+        train()

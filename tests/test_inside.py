@@ -135,13 +135,13 @@ def test_flow_of_both_directions_lengths_and_axes(rng):
     y, _, saved = layer.forward(x, None, lengths)
     d_y = rng.standard_normal(y.shape).astype("f4")
     _, _, _, flow = layer.backward(saved, d_y, return_flow=True)
-    assert flow.shape == (4, B, T)
+    assert flow.shape == (4, T, B)
     for b, length in enumerate(lengths):
-        assert (flow[:, b, length:] == 0).all()
-        assert (flow[:, b, :length] > 0).all()
+        assert (flow[:, length:, b] == 0).all()
+        assert (flow[:, :length, b] > 0).all()
     y, _, saved = layer.forward(x[0])
     _, _, _, alone = layer.backward(saved, d_y[0], return_flow=True)
-    same(alone, np.ascontiguousarray(flow[:, 0]))
+    same(np.ascontiguousarray(alone), np.ascontiguousarray(flow[:, :, 0]))
 
 
 def test_a_picture_of_the_flow(rng):
@@ -149,7 +149,7 @@ def test_a_picture_of_the_flow(rng):
     flow = rng.random((2, 7, 3)) + 0.1
     ax = plot.gradient_flow(flow)
     lines = ax.get_lines()
-    assert [line.get_label() for line in lines] == ["layer 0", "layer 1"]
+    assert [line.get_label() for line in lines] == ["0", "1"]
     np.testing.assert_allclose(lines[1].get_ydata(), np.sqrt((flow[1] ** 2).mean(axis=1)))
     assert ax.get_yscale() == "log"
     assert plot.gradient_flow(flow[:, :, 0], ["a", "b"], ax) is ax

@@ -57,6 +57,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core.datamodel import models
+from numba.core.errors import TypingError
 from numba.core.extending import overload, register_model, unbox
 from numba.core.pythonapi import NativeValue
 
@@ -115,6 +116,10 @@ class Cell:
             "into": self.into + len(self.order_late),
             "operand": self.operand + len(self.order_late),
         }
+        for name in ("gates", "tape", "tail", "carries", "operand", "into", "vectors"):
+            least = 1 if name in ("gates", "tape") else 0
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         for name, end in registers.items():
             if end > self.tape:
                 raise ValueError(
@@ -152,6 +157,11 @@ class Cell:
         for name, count in (("gate_names", self.tape), ("carry_names", self.carries)):
             if getattr(self, name) and len(getattr(self, name)) != count:
                 raise ValueError(f"{name}: expected {count} names, got {getattr(self, name)}")
+        named = [name for name in ("h", *self.gate_names, *self.carry_names) if name]
+        if len(set(named)) < len(named):
+            raise ValueError(
+                f"gate_names: expected names that differ, also from h and carry_names, got {named}"
+            )
         if not self.carry_names:
             names = ("c",) if self.carries == 1 else tuple(f"c{i}" for i in range(self.carries))
             object.__setattr__(self, "carry_names", names)
@@ -326,17 +336,30 @@ load_vectors = _runs("vectors")
 load_trained = _runs("trained")
 
 
-@intrinsic
-def store_runs(typingctx, array, at, distance, values):
-    """Store each register of a tuple, `distance` elements apart."""
-    i = types.intp
+def _store(count_of: str, what: str) -> Any:
+    @intrinsic
+    def store_runs(typingctx, cell, array, at, distance, values):
+        """Store each register of a tuple, `distance` elements apart."""
+        wanted, i = getattr(cell.cell, count_of), types.intp
+        if len(values) != wanted:
+            raise TypingError(
+                f"{cell.cell.name}: expected {wanted} registers as the {what} that its functions "
+                f"return, got {len(values)}"
+            )
 
-    def codegen(context, builder, sig, args):
-        value, at, distance, values = args
-        for run in range(len(sig.args[3])):
-            offset = builder.add(at, builder.mul(distance, ir.Constant(at.type, run)))
-            pointer = address(context, builder, array, value, offset)
-            write(builder, Vec(array.dtype), builder.extract_value(values, run), pointer)
-        return context.get_dummy_value()
+        def codegen(context, builder, sig, args):
+            _, value, at, distance, values = args
+            for run in range(wanted):
+                offset = builder.add(at, builder.mul(distance, ir.Constant(at.type, run)))
+                pointer = address(context, builder, array, value, offset)
+                write(builder, Vec(array.dtype), builder.extract_value(values, run), pointer)
+            return context.get_dummy_value()
 
-    return types.void(array, i, i, values), codegen
+        return types.void(cell, array, i, i, values), codegen
+
+    return store_runs
+
+
+store_tape = _store("tape", "tape")
+store_carry = _store("carries", "carry")
+store_trained = _store("trained", "gradients of vectors")
