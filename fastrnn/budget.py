@@ -236,7 +236,7 @@ def piece_within(
         # Shorter pieces take more and more states in between.
         if every == 1 or found > 2 * least:
             raise ValueError(
-                f"budget_mb: expected at least {math.ceil(least / 1e5) / 10} for {steps} steps of {batch} "
-                f"sequences, got {budget_mb:g}; take fewer sequences or shorter ones"
+                f"budget_mb: expected at least {math.ceil(least / 1e5) / 10} for {steps} steps of "
+                f"{batch} sequences, got {budget_mb:g}; take fewer sequences or shorter ones"
             )
         every = -(-every // 2)

@@ -68,9 +68,10 @@ class Saved:
         """Bytes held: B*(T*tape*Hp + (T+1)*(H + carries*Hp)) numbers for each layer and direction.
 
         Hp: see recurrence. T*B is the sum of `lengths` if they are given, and each reset counts as
-        a sequence more. With `recurrent_dropout` B*(T+1)*H more. With `checkpoint_every`: the
-        states in between. With layer_norm 3 B*T, with a projection P in place of that H. Beside them what comes into each layer is kept: x itself, or a copy in
-        another order, and what dropout made.
+        a sequence more. With a projection P stands in place of H. With `recurrent_dropout` it is
+        B*(T+1)*H more, with layer_norm B*T*3. With `checkpoint_every`: the states in between.
+        Beside them what comes into each layer is kept: x itself, or a copy in another order, and
+        what dropout made.
         """
         return sum(made.nbytes for made in self._layers or ())
 
@@ -116,9 +117,9 @@ class Recurrent(Module):
     zoneout            of units of h that stay as they are, each step others (Krueger et al. 2017,
                        arXiv:1606.01305); without training h moves by what is expected
 
-    Masks are functions of the seed, the layer (which adds its number to the seed), the step in a call
-    and the place in the batch; they are not stored, but for recurrent dropout's (B, H), beside which h
-    as products saw it is kept.
+    Masks are functions of the seed, the layer (which adds its number to the seed), the step in a
+    call and the place in the batch; they are not stored, but for recurrent dropout's (B, H), beside
+    which h as products saw it is kept.
 
     proj_size       P, for cells with a projection: see `LSTM`
     """

@@ -71,8 +71,10 @@ class Kept:
 
     @property
     def nbytes(self) -> int:
-        masked = 0 if self.drawn is None else self.fed.nbytes * (self.fed is not self.h)
-        return self.h.nbytes + self.carry.nbytes + self.tape.nbytes + masked
+        more = 0 if self.stats is None else self.stats.nbytes
+        if self.fed is not self.h:
+            more += self.fed.nbytes
+        return self.h.nbytes + self.carry.nbytes + self.tape.nbytes + more
 
     @property
     def fed(self) -> np.ndarray:

@@ -560,7 +560,7 @@ def test_bytes_of_saved(cell, dtype, num_layers):
     output, _, saved = rnn.forward(zeros(steps, batch, n_in, dtype=dtype))
     padded = -(-size // lanes(dtype)) * lanes(dtype)
     states = rnn.state_sizes[0] + rnn.cell.carries * padded
-    numbers = steps * rnn.cell.tape * padded + (steps + 1) * states
+    numbers = steps * rnn.cell.tape * padded + (steps + 1) * states + 3 * steps * rnn.cell.normed
     assert saved.nbytes == num_layers * batch * numbers * np.dtype(dtype).itemsize
     rnn.backward(saved, output, retain=True)
     assert saved.nbytes > 0
