@@ -254,7 +254,8 @@ class Recurrent(Module):
         chances = self.dropout, self.input_dropout, self.locked_dropout, self.weight_dropout
         ways = self.bidirectional, self.merge, self.learned_state
         # Of two cells with one name the functions may differ.
-        return str(self.cell._numba_type_), *self._settings, *sizes, *chances, *ways, self.dtype
+        own = self.cell._numba_type_.fingerprint
+        return self.cell.name, *self._settings, *sizes, *chances, *ways, self.dtype, own
 
     def _weights(
         self, layer: int, arrays: Mapping[str, np.ndarray], seed: int | None = None

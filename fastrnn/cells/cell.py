@@ -187,6 +187,7 @@ class CellType(types.Type):
         counts = cell.gates, cell.tape, cell.tail, cell.carries, cell.order_x, cell.order_h
         late = cell.order_late, cell.operand, cell.into
         ways = cell.vectors, cell.trained, cell.projected, cell.normed, cell.normed_carry
+        self.fingerprint = own
         super().__init__(name=f"Cell({cell.name} {own} {counts, late, ways})")
 
 
