@@ -25,11 +25,11 @@ class Work(NamedTuple):
     """A stack of layers and how much it is given.
 
     width   of h
+    widths  of the input of each layer
     dropout whether there is dropout of x, and between layers
     masked  whether products see something else than h
     thinned whether some of weight_hh are dropped
     tokens  whether x are tokens
-    widths  of the input of each layer
     params  numbers in all parameters
     piece   steps between checkpoints, or all
     """

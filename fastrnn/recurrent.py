@@ -368,7 +368,7 @@ class Recurrent(Module):
         seed    of all that is drawn; drawn by the layer if it is not given
         checkpoint_every   keep what comes into each layer and the states of every so many steps,
                 and no tape: backward takes pieces of that length forward again. Less memory (see
-                `training_bytes`), a fifth to a half more time (docs/decisions/0010), the same bits
+                `training_bytes`), 0.2 to 0.6 more time (docs/decisions/0010, 0011); same bits
         budget_mb      the same with the longest pieces, of halves of halves of all steps, for which
                 `training_bytes` stays within so many millions of bytes
         return_gates   see `__call__`; not with pieces
