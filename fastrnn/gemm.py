@@ -30,7 +30,7 @@ from fastrnn.simd import (
     store_n,
     width_of,
 )
-from fastrnn.tile import COLS, LINE, ROWS, STRIP, tile, tile_of_strip
+from fastrnn.tile import COLS, LINE, ROWS, STRIP, TOGETHER, tile, tile_of_strip
 
 # Bytes of a register.
 WIDTH = machine().width
@@ -86,18 +86,23 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
     one row of init. P holds panels of depth k for n columns. C may be init if there is one group.
     """
     w = width_of(c)
+    wide = COLS * w
     line = w * LINE // WIDTH
     far = n * k * WIDTH // w > NEAR
     for top in range(0, m, HEIGHT):
         height = min(HEIGHT, m - top)
         tiles = (height + ROWS - 1) // ROWS
-        for left in range(0, n, COLS * w):
-            width = min(COLS * w, n - left)
+        most = max(1, min(TOGETHER, ROWS // height))
+        left = 0
+        while left < n:
+            # As many whole panels as few rows take together.
+            panels = max(1, min(most, (n - left) // wide))
+            width = min(panels * wide, n - left)
             cols = (width + w - 1) // w
             last = width - (cols - 1) * w
             for deep in range(0, k, DEPTH):
                 depth = min(DEPTH, k - deep)
-                panel = at(p, left * k + deep * cols * w)
+                panel = at(p, left * k + deep * min(cols, COLS) * w)
                 # The next block follows this one; after the last comes the first again.
                 size = depth * cols * w
                 ahead = p if left + width == n and deep + depth == k else at(panel, size)
@@ -117,9 +122,10 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
                         turn = group * tiles + q
                         tile(
                             rows, cols, last, depth, first, a_row, 1 if turn < asking else 0, panel,
-                            at(ahead, turn * depth * line), start, start_row, into, c_row,
+                            k * wide, at(ahead, turn * depth * line), start, start_row, into, c_row,
                             at(into, rows * c_row if q < tiles - 1 else 0),
                         )  # fmt: skip
+            left += width
 
 
 @helper

@@ -29,6 +29,9 @@ from fastrnn.simd import (
 # Accumulators fill three quarters of the registers: 6 x 4 of 32, 6 x 2 of 16.
 ROWS = 6
 COLS = 4 if machine().registers == 32 else 2
+# Panels that few rows take together: a chain waits four cycles for each link, and one or two panels
+# do not have chains enough to fill them.
+TOGETHER = 4
 # Registers of rows in a strip.
 STRIP = 3
 LINKS = 4
@@ -36,36 +39,48 @@ LINKS = 4
 LINE = 64
 
 
+def together_of(height: int) -> int:
+    """How many panels a tile of so many rows takes at the most."""
+    return max(1, min(TOGETHER, ROWS // height))
+
+
 def _tile(of_strip):
     """C[rows, cols registers] = init + sum over k of A[row, k] * P[k, column], on pointers.
 
     A[row, k] is at a[row*a_row + k], of a strip at a[k*STRIP*lanes + row]. `last` lanes of the last
-    register of columns exist in init and C. Distances are in elements. If `fetch` is 1, not 0,
+    register of columns exist in init and C. Distances are in elements. More than COLS registers are
+    those of several panels, `p_step` apart; see `together_of`. If `fetch` is 1, not 0,
     there are COLS registers of columns, and each link asks for a line from `ahead` on; else, with
     as many columns, the first turns of the loop ask for as many rows of C from `below` on.
     """
     shapes = [(0, height, width) for height in range(1, ROWS + 1) for width in range(1, COLS + 1)]
     if not of_strip:
         shapes += [(1, height, COLS) for height in range(1, ROWS + 1)]
+        shapes += [
+            (0, height, panels * COLS)
+            for height in range(1, ROWS + 1)
+            for panels in range(2, together_of(height) + 1)
+        ]
+    widest = max(width for _, _, width in shapes)
 
     @intrinsic
     def tile(
-        typingctx, rows, cols, last, depth, a, a_row, fetch, p, ahead, init, init_row, c, c_row,
-        below,
+        typingctx, rows, cols, last, depth, a, a_row, fetch, p, p_step, ahead, init, init_row, c,
+        c_row, below,
     ):  # fmt: skip
         vec = Vec(c.dtype)
         i = types.intp
 
         def codegen(context, builder, sig, args):
-            rows, cols, last, depth, a, a_row, fetch, p, ahead, *more = args
-            init, init_row, c, c_row, below = more
+            rows, cols, last, depth, a, a_row, fetch, p, p_step, *more = args
+            ahead, init, init_row, c, c_row, below = more
             number = rows.type
             line = LINE * 8 // vec.dtype.bitwidth
             mask = first_lanes(builder, vec, last)
             along = STRIP * vec.lanes if of_strip else 1
             done = builder.append_basic_block("tile.done")
             shape = builder.add(builder.mul(fetch, number(ROWS + 1)), rows)
-            shape = builder.add(builder.mul(shape, number(COLS + 1)), cols)
+            shape = builder.add(builder.mul(shape, number(widest + 1)), cols)
             choice = builder.switch(shape, done)
 
             def move(pointer, distance, times=1, plus=0):
@@ -88,21 +103,37 @@ def _tile(of_strip):
                 starts, sums = rest[: len(starts)], rest[len(starts) :]
                 for i in range(asked):
                     prefetch(builder, builder.gep(ahead, [number(i * line)]))
+                side = min(width, COLS)
+                begins = [move(p, p_step, i) if i else p for i in range(width // side)]
+
+                def column(link, col):
+                    at = (link * side + col % side) * vec.lanes
+                    return read(builder, vec, builder.gep(begins[col // side], [number(at)]))
+
+                def element(link, row):
+                    start, at = (starts[0], row) if of_strip else (starts[row], 0)
+                    found = builder.load(builder.gep(start, [number(link * along + at)]))
+                    return splat(builder, vec, found)
+
+                height = len(sums) // width
                 for link in range(links):
-                    at = link * width * vec.lanes
-                    panel = [
-                        read(builder, vec, builder.gep(p, [number(at + col * vec.lanes)]))
-                        for col in range(width)
-                    ]
-                    for row in range(len(sums) // width):
-                        start, at = (starts[0], row) if of_strip else (starts[row], 0)
-                        element = builder.gep(start, [number(link * along + at)])
-                        x = splat(builder, vec, builder.load(element))
+                    # What there is less of stays in registers.
+                    if width > COLS:
+                        found = [element(link, row) for row in range(height)]
                         for col in range(width):
-                            at = row * width + col
-                            sums[at] = multiply_add(builder, vec, x, panel[col], sums[at])
+                            y = column(link, col)
+                            for row in range(height):
+                                at = row * width + col
+                                sums[at] = multiply_add(builder, vec, found[row], y, sums[at])
+                    else:
+                        found = [column(link, col) for col in range(width)]
+                        for row in range(height):
+                            x = element(link, row)
+                            for col in range(width):
+                                at = row * width + col
+                                sums[at] = multiply_add(builder, vec, x, found[col], sums[at])
                 turn = builder.add(turn, number(1))
-                p = builder.gep(p, [number(links * width * vec.lanes)])
+                p = builder.gep(p, [number(links * side * vec.lanes)])
                 ahead = builder.gep(ahead, [step])
                 starts = [builder.gep(at, [number(links * along)]) for at in starts]
                 after = [turn, p, ahead, *starts, *sums]
@@ -153,14 +184,14 @@ def _tile(of_strip):
 
             for fetch, height, width in shapes:
                 start = builder.append_basic_block(f"tile.{height}x{width}")
-                which = (fetch * (ROWS + 1) + height) * (COLS + 1) + width
+                which = (fetch * (ROWS + 1) + height) * (widest + 1) + width
                 choice.add_case(number(which), start)
                 builder.position_at_end(start)
                 block(fetch, height, width)
             builder.position_at_end(done)
             return context.get_dummy_value()
 
-        return types.void(i, i, i, i, a, i, i, p, ahead, init, i, c, i, below), codegen
+        return types.void(i, i, i, i, a, i, i, p, i, ahead, init, i, c, i, below), codegen
 
     return tile
 
@@ -171,7 +202,7 @@ _of_strip = _tile(of_strip=True)
 
 def _by_rows(dtype):
     i, p = types.intp, types.CPointer(dtype)
-    return types.void(i, i, i, i, p, i, i, p, p, p, i, p, i, p)
+    return types.void(i, i, i, i, p, i, i, p, i, p, p, i, p, i, p)
 
 
 def _by_strip(dtype):
@@ -183,12 +214,16 @@ def _by_strip(dtype):
 
 
 @linked(_by_rows)
-def tile(rows, cols, last, depth, a, a_row, fetch, p, ahead, init, init_row, c, c_row, below):
+def tile(
+    rows, cols, last, depth, a, a_row, fetch, p, p_step, ahead, init, init_row, c, c_row, below
+):  # fmt: skip
     """See `_tile`: A by rows."""
-    _of_rows(rows, cols, last, depth, a, a_row, fetch, p, ahead, init, init_row, c, c_row, below)
+    _of_rows(
+        rows, cols, last, depth, a, a_row, fetch, p, p_step, ahead, init, init_row, c, c_row, below
+    )
 
 
 @linked(_by_strip)
 def tile_of_strip(rows, cols, last, depth, a, p, init, init_row, c, c_row, below):
     """See `_tile`: A is a strip."""
-    _of_strip(rows, cols, last, depth, a, 1, 0, p, p, init, init_row, c, c_row, below)
+    _of_strip(rows, cols, last, depth, a, 1, 0, p, 0, p, init, init_row, c, c_row, below)

@@ -180,6 +180,17 @@ def test_multiply_with_every_height_and_width_of_a_tile(dtype, rng):
 
 
 @each_dtype
+@pytest.mark.parametrize("m", range(1, gemm.ROWS + 1))
+def test_multiply_of_few_rows_takes_several_panels(dtype, m, rng):
+    wide = gemm.COLS * lanes(dtype)
+    for panels_taken in range(1, 2 * gemm.TOGETHER + 2):
+        for over in (-1, 0, 1, lanes(dtype)):
+            n, k = panels_taken * wide + over, gemm.DEPTH + 6 if panels_taken == 5 else 11
+            a, b, start, got = check_multiply(dtype, m, n, k, rng)
+            same(got[0], chain(a[0], b, start))
+
+
+@each_dtype
 @pytest.mark.parametrize("gap", [0, 1, 13])
 @pytest.mark.parametrize("groups", [1, 2, 5])
 def test_multiply_groups_and_repeated_rows(dtype, gap, groups, rng):
