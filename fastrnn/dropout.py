@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastrnn.counter import LOCKED, STEP, WEIGHT, dropped, limit_of, random_bits
+from fastrnn.crew import divided
 from fastrnn.jit import kernel
 from fastrnn.layout import Layout, even
 from fastrnn.memory import empty
@@ -19,6 +20,8 @@ def _dropout(part, parts, x, source, batch, use, seed, limit, scale, y):
 
     source  (N,): step * batch + sequence; of weights the row, with a batch of 1
     """
+    if divided(part, parts):
+        return
     rows, units = x.shape
     for row in range(rows * part // parts, rows * (part + 1) // parts):
         t, b = source[row] // batch, source[row] % batch

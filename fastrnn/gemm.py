@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from fastrnn.crew import divided
 from fastrnn.jit import helper, kernel, linked
 from fastrnn.simd import (
     at,
@@ -92,11 +93,14 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
     for top in range(0, m, HEIGHT):
         height = min(HEIGHT, m - top)
         tiles = (height + ROWS - 1) // ROWS
-        most = max(1, min(TOGETHER, ROWS // height))
+        # Tiles of as many rows, some of one more.
+        least = height // tiles
+        higher = height - least * tiles
+        most = 1 if height > ROWS else min(TOGETHER, ROWS // height)
         left = 0
         while left < n:
             # As many whole panels as few rows take together.
-            panels = max(1, min(most, (n - left) // wide))
+            panels = 1 if most == 1 else max(1, min(most, (n - left) // wide))
             width = min(panels * wide, n - left)
             cols = (width + w - 1) // w
             last = width - (cols - 1) * w
@@ -107,13 +111,13 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
                 size = depth * cols * w
                 ahead = p if left + width == n and deep + depth == k else at(panel, size)
                 # As many tiles ask as there are lines for, if there are as many.
-                asking = size // (depth * line) if far and cols == COLS else 0
-                if asking > tiles * groups:
-                    asking = 0
+                asking = 0
+                if far and cols == COLS and size <= tiles * groups * depth * line:
+                    asking = size // (depth * line)
                 for group in range(groups):
+                    row = top
                     for q in range(tiles):
-                        row = top + height * q // tiles
-                        rows = top + height * (q + 1) // tiles - row
+                        rows = least + 1 if q < higher else least
                         into = at(c, group * c_group + row * c_row + left)
                         first = at(a, group * a_group + row * a_row + deep)
                         start, start_row = into, c_row
@@ -125,6 +129,7 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
                             k * wide, at(ahead, turn * depth * line), start, start_row, into, c_row,
                             at(into, rows * c_row if q < tiles - 1 else 0),
                         )  # fmt: skip
+                        row += rows
             left += width
 
 
@@ -302,6 +307,8 @@ def scatter(tokens, rows, d, d_at, d_row, n, first, end, out, sums):
 @kernel
 def affine(part, parts, x, p, bias, y):
     """y (N, O) = x (N, I) @ P + bias, for the part'th slice of rows; P by `pack_transposed`."""
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     count, size = x.shape
     n = y.shape[1]
@@ -318,6 +325,8 @@ def affine_gradients(part, parts, rows, x, d_y, p, zeros, d_x, d_weight, d_bias)
 
     x (N, I); rows (N,): the order in which they are added; P is the weight by `pack`; zeros (I,).
     """
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     n = d_y.shape[1]
     size = x.shape[1]
@@ -348,6 +357,8 @@ def scatter_rows(part, parts, tokens, rows, d, out, sums):
 
     tokens (N,), d (N, E); rows (N,): the order; out (V, E), sums (E,).
     """
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     n = out.shape[1]
     w = width_of(out)

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastrnn.checks import as_array, as_number, as_size, as_token, as_tokens
 from fastrnn.counter import random_bits
+from fastrnn.crew import divided
 from fastrnn.gemm import multiply
 from fastrnn.jit import helper, kernel
 from fastrnn.meeting import NOBODY, arrive, gather, together, wait
@@ -89,6 +90,8 @@ def _generate(
     counts              (B,), how many tokens until `eos`; -1 after logits that are not finite
     left                (parts,), how many sequences of a slice go on
     """
+    if divided(part, parts):
+        return
     if meeting.size > 0:
         parts = gather(meeting, part, parts)
         if parts == 0:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastrnn.counter import LOCKED, ZONE, dropped, limit_of, random_bits
+from fastrnn.crew import divided
 from fastrnn.gemm import multiply, scratch
 from fastrnn.jit import helper, kernel
 from fastrnn.layout import Layout
@@ -53,6 +54,8 @@ class Drawn(NamedTuple):
 @kernel
 def _masks(part, parts, who, seed, limit, scale, size, mask):
     """Rows of a mask (C, Hp) of the sequences `who` (C,), zeros in the padding."""
+    if divided(part, parts):
+        return
     count = mask.shape[0]
     for column in range(count * part // parts, count * (part + 1) // parts):
         key = random_bits(seed, 0, who[column])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from fastrnn.cells.cell import apart_of, of_x, tape_of
+from fastrnn.crew import divided
 from fastrnn.jit import helper, kernel
 from fastrnn.simd import (
     at,
@@ -107,6 +108,8 @@ def back_carry(cell, s, size, run, d, scale, d_carry, place):
 @kernel
 def norm_gradients(part, parts, cell, size, v, stats, tape):
     """Turn the normalised products on the tape into gradients of products, for a slice of rows."""
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     rows, row = tape.shape
     run = row // tape_of(cell)

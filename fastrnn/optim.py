@@ -21,6 +21,7 @@ from fastrnn.checks import (
     for_kernel,
     load_params,
 )
+from fastrnn.crew import divided
 from fastrnn.jit import kernel
 from fastrnn.parallel import ELEMENT, parts_for, run
 from fastrnn.simd import flush_denormals, load_n, restore_denormals, sqrt, store_n, width_of
@@ -30,6 +31,8 @@ Arrays = dict[str, np.ndarray]
 
 @kernel
 def _sgd(part, parts, p, g, v, lr, momentum, decay, fresh):
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     for i in range(p.size * part // parts, p.size * (part + 1) // parts):
         d = g[i] + decay * p[i]
@@ -41,6 +44,8 @@ def _sgd(part, parts, p, g, v, lr, momentum, decay, fresh):
 
 @kernel
 def _rmsprop(part, parts, p, g, v, lr, alpha, rest, eps):
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     for i in range(p.size * part // parts, p.size * (part + 1) // parts):
         v[i] = alpha * v[i] + rest * g[i] * g[i]
@@ -50,6 +55,8 @@ def _rmsprop(part, parts, p, g, v, lr, alpha, rest, eps):
 
 @kernel
 def _adagrad(part, parts, p, g, v, lr, eps):
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     for i in range(p.size * part // parts, p.size * (part + 1) // parts):
         v[i] += g[i] * g[i]
@@ -59,6 +66,8 @@ def _adagrad(part, parts, p, g, v, lr, eps):
 
 @kernel
 def _adam(part, parts, p, g, m, v, step, beta1, rest1, beta2, rest2, root, eps, coupled, kept):
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     end = p.size * (part + 1) // parts
     for i in range(p.size * part // parts, end, width_of(p)):
@@ -75,6 +84,8 @@ def _adam(part, parts, p, g, m, v, step, beta1, rest1, beta2, rest2, root, eps, 
 
 @kernel
 def _blend(part, parts, mean, p, share):
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     for i in range(p.size * part // parts, p.size * (part + 1) // parts):
         mean[i] += share * (p[i] - mean[i])

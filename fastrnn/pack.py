@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastrnn.crew import divided
 from fastrnn.gemm import COLS, affine
 from fastrnn.jit import kernel
 from fastrnn.memory import empty
@@ -26,6 +27,8 @@ def _pack_transposed(part, parts, weight, order, size, cols, stretch, p):
     `cols` registers make a panel: COLS for `multiply`; all of them for rows to be gathered. Each
     `stretch` of registers has panels of its own.
     """
+    if divided(part, parts):
+        return
     w = width_of(weight)
     k = weight.shape[1]
     blocks = (size + w - 1) // w
@@ -52,6 +55,8 @@ def _pack_transposed(part, parts, weight, order, size, cols, stretch, p):
 @kernel
 def _pack(part, parts, weight, order, size, run, p):
     """Panels of `weight`: row g*run + u of the panels is row order[g]*size + u, zero in between."""
+    if divided(part, parts):
+        return
     w = width_of(weight)
     n = weight.shape[1]
     depth = order.size * run

@@ -3,17 +3,27 @@
 Numba's layers die after a fork (OpenMP) or abort when two Python threads launch at once
 (workqueue). These threads survive both: a fork starts a new pool, and a caller that finds no free
 thread does all parts itself. Parts are cut by the caller, so results never depend on who ran them.
+
+A kernel's parts are handed over in compiled code (see `fastrnn.crew`), those of a Python function
+through a queue.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import operator
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+
+import numpy as np
+
+from fastrnn import crew
 
 # Multiply-adds below which waking a thread costs more than it saves, and how many of them reading
 # and writing an element lasts.
@@ -31,7 +41,7 @@ class _Task:
         function: Callable,
         arguments: tuple,
         done: SimpleQueue,
-        dismiss: Callable[[], None] | None = None,
+        dismiss: np.ndarray | None = None,
     ) -> None:
         self.function = function
         self.arguments = arguments
@@ -54,27 +64,74 @@ class _Task:
         except BaseException as error:
             self.error = error
             if self.dismiss is not None:
-                self.dismiss()
+                self.dismiss[0] = 1
         self.arguments = ()
         self.finished = True
         self.done.put(None)
 
 
-def _work(tasks: SimpleQueue[_Task]) -> None:
-    while True:
-        tasks.get().run()
+class _Thread:
+    """A thread that waits for tasks, or with a slot for parts of kernels.
+
+    A kernel of Linux may put who is woken behind who wakes it, on one processor, although others
+    are idle, and leave both there. So a thread stays off its caller's.
+    """
+
+    def __init__(self) -> None:
+        self.tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self.slot = crew.new_slot()
+        self._thread = threading.Thread(target=self._work, name="fastrnn", daemon=True)
+        self._off = -1
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            task = self.tasks.get()
+            if task is not None:
+                task.run()
+                del task
+            if self.tasks.empty() and not _ending:
+                crew.serve(self.slot)
+
+    def put(self, task: _Task) -> None:
+        """Have it run the task."""
+        self._stay_off(crew.processor())
+        self.tasks.put(task)
+        self.leave()
+
+    def wake(self) -> None:
+        """Have it look at its slot."""
+        self._stay_off(crew.processor())
+        if not self.slot[crew.AWAKE]:
+            self.tasks.put(None)
+
+    def leave(self) -> None:
+        """Have it look at its tasks, if it is awake."""
+        self.slot[crew.LEAVE] = self.slot[crew.AWAKE]
+
+    def _stay_off(self, processor: int) -> None:
+        if processor == self._off or self._thread.native_id is None:
+            return
+        # Where there are no others, or the system does not let us: anywhere.
+        with contextlib.suppress(OSError):
+            others = os.sched_getaffinity(0) - {processor}
+            if others:
+                os.sched_setaffinity(self._thread.native_id, others)
+                self._off = processor
 
 
 class _Pool:
-    """Idle threads, each known by the queue it waits on."""
+    """Idle threads, in the order in which they became so."""
 
     def __init__(self) -> None:
         # Reentrant: a signal handler may call the library from inside.
         self._lock = threading.RLock()
-        self._free: dict[SimpleQueue[_Task], None] = {}
+        self._free: dict[_Thread, None] = {}
         self._started = 0
 
-    def take(self, taken: list[SimpleQueue[_Task]], limit: int) -> bool:
+    def take(self, taken: list[_Thread], limit: int) -> bool:
         """Add a free thread, or a new one if fewer than `limit` exist; False if there is none."""
         with self._lock:
             if self._free:
@@ -84,19 +141,29 @@ class _Pool:
                 return True
             if self._started >= limit:
                 return False
-            tasks: SimpleQueue[_Task] = SimpleQueue()
+            thread = _Thread()
             try:
-                threading.Thread(target=_work, args=(tasks,), name="fastrnn", daemon=True).start()
+                thread.start()
             except RuntimeError:
                 # The system's limit, or an interpreter that is shutting down.
                 return False
             self._started += 1
-            taken.append(tasks)
+            taken.append(thread)
             return True
 
-    def give_back(self, threads: list[SimpleQueue[_Task]]) -> None:
+    def give_back(self, threads: list[_Thread]) -> None:
         with self._lock:
             self._free.update(dict.fromkeys(threads))
+
+    def rest(self) -> None:
+        """Have all idle threads leave compiled code, whose memory goes with the interpreter."""
+        with self._lock:
+            idle = list(self._free)
+        for thread in idle:
+            thread.leave()
+        end = time.monotonic() + 1
+        while any(thread.slot[crew.AWAKE] for thread in idle) and time.monotonic() < end:
+            time.sleep(0.0001)
 
 
 _pool = _Pool()
@@ -109,6 +176,15 @@ def _forget_threads() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
+
+_ending = False
+
+
+@atexit.register
+def _end() -> None:
+    global _ending
+    _ending = True
+    _pool.rest()
 
 
 def run(function: Callable, parts: int, *arguments: Any) -> None:
@@ -137,12 +213,12 @@ def _one_of(part: int, _: int, function: Callable, parts: int, calls: list[tuple
 
 
 def launch(
-    function: Callable, parts: int, arguments: tuple, dismiss: Callable[[], None] | None = None
+    function: Callable, parts: int, arguments: tuple, dismiss: np.ndarray | None = None
 ) -> None:
     """`run`; with `dismiss`, for parts that wait for each other (see `fastrnn.meeting`).
 
-    Those run on threads of their own, as many as there are; if one of them fails, `dismiss` tells
-    the others that they wait in vain.
+    Those run on threads of their own, as many as there are; if one of them fails, the first number
+    of `dismiss` becomes 1, which tells the others that they wait in vain.
     """
     if parts == 1:
         function(0, 1, *arguments)
@@ -150,23 +226,30 @@ def launch(
     pool = _pool
     done: SimpleQueue = SimpleQueue()
     tasks: list[_Task] = []
-    threads: list[SimpleQueue[_Task]] = []
+    threads: list[_Thread] = []
     ended = False
     try:
         while len(threads) < parts - 1 and pool.take(threads, _threads - 1):
             pass
         if dismiss is not None:
             parts = len(threads) + 1
-        for thread in threads:
-            tasks.append(_Task(function, (len(tasks) + 1, parts, *arguments), done, dismiss))
-            thread.put(tasks[-1])
-        for part in (0, *range(len(tasks) + 1, parts)):
-            function(part, parts, *arguments)
-        for part, task in enumerate(tasks, 1):
-            # Its thread has not woken up yet.
-            if dismiss is None and task.claim("caller"):
-                task.arguments = ()
+        if crew.divides(function):
+            for thread in threads:
+                thread.wake()
+            told = 0 if dismiss is None else dismiss.ctypes.data
+            team = crew.new_team([thread.slot for thread in threads], told)
+            function(-team.ctypes.data, parts, *arguments)
+        else:
+            for thread in threads:
+                tasks.append(_Task(function, (len(tasks) + 1, parts, *arguments), done, dismiss))
+                thread.put(tasks[-1])
+            for part in (0, *range(len(tasks) + 1, parts)):
                 function(part, parts, *arguments)
+            for part, task in enumerate(tasks, 1):
+                # Its thread has not woken up yet.
+                if dismiss is None and task.claim("caller"):
+                    task.arguments = ()
+                    function(part, parts, *arguments)
         ended = True
     finally:
         # The threads write into the caller's arrays: an interrupt waits for them too, wherever it
@@ -175,7 +258,7 @@ def launch(
         while True:
             try:
                 if dismiss is not None and not ended:
-                    dismiss()
+                    dismiss[0] = 1
                 begun = [task for task in tasks if not task.claim("caller")]
                 while not all(task.finished for task in begun):
                     done.get()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastrnn.checks import as_choice, as_dtype, as_floats, as_seed, as_size
+from fastrnn.crew import divided
 from fastrnn.dense import Linear
 from fastrnn.jit import kernel
 from fastrnn.module import Module, Params, new_grads
@@ -29,6 +30,8 @@ ACTIVATIONS = ("relu", "tanh")
 @kernel
 def _activate(part, parts, relu, y):
     """y = activation(y), for the part'th slice of the rows."""
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     rows, size = y.shape
     for row in range(rows * part // parts, rows * (part + 1) // parts):
@@ -43,6 +46,8 @@ def _activate(part, parts, relu, y):
 @kernel
 def _activate_back(part, parts, relu, y, d_y):
     """d_y becomes the gradient before the activation that gave y."""
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     rows, size = y.shape
     for row in range(rows * part // parts, rows * (part + 1) // parts):

@@ -43,6 +43,7 @@ from fastrnn.cells.cell import (
     tail_of,
     tape_of,
 )
+from fastrnn.crew import divided
 from fastrnn.gemm import accumulate, multiply, panel_scratch, scatter, strip_scratch
 from fastrnn.jit import helper, kernel
 from fastrnn.meeting import arrive, gather, wait
@@ -169,6 +170,8 @@ def forward_slice(
 
     stats  (rows of the tape, 3) with normalisation, 1 / deviations of a row; else None
     """
+    if divided(part, parts):
+        return
     if meeting.size > 0:
         parts = gather(meeting, part, parts)
         if parts == 0:
@@ -273,6 +276,8 @@ def backward_slice(
     d_r       (N, P) with a projection: filled with the gradients of what it gives
     flow      (N, H), filled with the gradients of h at each step, or None
     """
+    if divided(part, parts):
+        return
     if meeting.size > 0:
         parts = gather(meeting, part, parts)
         if parts == 0:
@@ -531,6 +536,8 @@ def gradients(
     Dense input: d_w_x (G*H, I), d_b_x (G*H,) in the weights' order of gates; d_x (N, I) or (0, I)
     if it is not wanted; w_x packed by `pack`. Tokens: d_w_x (V, G*Hp), d_b_x (G*Hp,) in the tape's.
     """
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     _weight_gradients(
         part, parts, tail, size, rows, before, x, h, tape, order_x, order_h,
@@ -550,6 +557,8 @@ def projection_gradients(part, parts, size, rows, d_r, tape, registers, d_w_r):
 
     H is `size`.
     """
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     row, width = tape.shape[1], d_r.shape[1]
     w = width_of(d_r)
@@ -573,6 +582,8 @@ def projection_gradients(part, parts, size, rows, d_r, tape, registers, d_w_r):
 @kernel
 def vector_gradients(part, parts, cell, size, rows, before, h, carry, tape, d_v):
     """Add to the gradients (trained*Hp) of a cell's vectors, for the part'th slice of the units."""
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     width, n = h.shape[1], size * (1 - projected_of(cell))
     w = width_of(h)

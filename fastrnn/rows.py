@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastrnn.crew import divided
 from fastrnn.jit import kernel
 from fastrnn.memory import empty
 from fastrnn.parallel import ELEMENT, parts_for, run
@@ -15,6 +16,8 @@ NO_ORDER = np.empty(0, np.intp)
 @kernel
 def _gather(part, parts, order, start, scale, add, x, y):
     """y[r] = x[order[r], start:...] * scale, or that more if `add`; without an order of x[r]."""
+    if divided(part, parts):
+        return
     rows, width = y.shape
     for r in range(rows * part // parts, rows * (part + 1) // parts):
         source = (order[r] if order.size > 0 else r) * x.shape[1] + start
@@ -28,6 +31,8 @@ def _gather(part, parts, order, start, scale, add, x, y):
 @kernel
 def _scatter(part, parts, order, x, y):
     """y[order[r]] = x[r]."""
+    if divided(part, parts):
+        return
     rows, width = x.shape
     for r in range(rows * part // parts, rows * (part + 1) // parts):
         for u in range(0, width, width_of(y)):
@@ -37,6 +42,8 @@ def _scatter(part, parts, order, x, y):
 @kernel
 def _clear(part, parts, order, y):
     """y[order] = 0."""
+    if divided(part, parts):
+        return
     width = y.shape[1]
     for r in range(order.size * part // parts, order.size * (part + 1) // parts):
         for u in range(order[r] * width, (order[r] + 1) * width):
@@ -46,6 +53,8 @@ def _clear(part, parts, order, y):
 @kernel
 def _join(part, parts, order, beside, scale, one, other, y):
     """y[r] = one[r] and other[order[r]], beside each other, or (their sum) * scale."""
+    if divided(part, parts):
+        return
     rows, width = one.shape
     for r in range(rows * part // parts, rows * (part + 1) // parts):
         for u in range(0, width, width_of(y)):

@@ -28,6 +28,7 @@ from fastrnn.cells.cell import (
     tape_of,
 )
 from fastrnn.checks import as_array, as_floats, as_tokens, check_in_place
+from fastrnn.crew import divided
 from fastrnn.gemm import scratch
 from fastrnn.jit import helper, kernel
 from fastrnn.meeting import NOBODY, arrive, wait
@@ -184,6 +185,8 @@ def _step(part, parts, cell, fresh, where, x, tokens, out):
 
     Few arguments, since each array costs as much as a small product.
     """
+    if divided(part, parts):
+        return
     mode = flush_denormals()
     layers, batch, width, size = where[_LAYERS], where[_BATCH], where[_WIDTH], where[_SIZE]
     values = carray(pointer_to(out, where[_VALUES]), where[_COUNT])

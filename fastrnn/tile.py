@@ -77,6 +77,7 @@ def _tile(of_strip):
             number = rows.type
             line = LINE * 8 // vec.dtype.bitwidth
             mask = first_lanes(builder, vec, last)
+            whole = builder.icmp_signed("==", last, number(vec.lanes))
             along = STRIP * vec.lanes if of_strip else 1
             done = builder.append_basic_block("tile.done")
             shape = builder.add(builder.mul(fetch, number(ROWS + 1)), rows)
@@ -94,8 +95,8 @@ def _tile(of_strip):
                 """
                 before = builder.block
                 body = builder.append_basic_block("tile.loop")
-                end = builder.append_basic_block("tile.end")
-                builder.cbranch(builder.icmp_signed(">", count, number(0)), body, end)
+                after_all = builder.append_basic_block("tile.end")
+                builder.cbranch(builder.icmp_signed(">", count, number(0)), body, after_all)
                 builder.position_at_end(body)
                 state = [number(0), p, ahead, *starts, *sums]
                 phis = [builder.phi(value.type) for value in state]
@@ -140,8 +141,8 @@ def _tile(of_strip):
                 for phi, first, next_one in zip(phis, state, after, strict=True):
                     phi.add_incoming(first, before)
                     phi.add_incoming(next_one, body)
-                builder.cbranch(builder.icmp_signed("<", turn, count), body, end)
-                builder.position_at_end(end)
+                builder.cbranch(builder.icmp_signed("<", turn, count), body, after_all)
+                builder.position_at_end(after_all)
                 merged = []
                 for first, last_one in zip(state[1:], after[1:], strict=True):
                     phi = builder.phi(first.type)
@@ -151,15 +152,47 @@ def _tile(of_strip):
                 p, ahead, *rest = merged
                 return rest[: len(starts)], p, ahead, rest[len(starts) :]
 
+            def begun(height, width):
+                """The registers of init."""
+                places = [
+                    [move(init, init_row, row, col * vec.lanes) for col in range(width)]
+                    for row in range(height)
+                ]
+                found = [[read(builder, vec, place) for place in row[:-1]] for row in places]
+                with builder.if_else(whole) as (all_lanes, some):
+                    with all_lanes:
+                        full = [read(builder, vec, row[-1]) for row in places]
+                        from_full = builder.block
+                    with some:
+                        part = [read_masked(builder, vec, row[-1], mask) for row in places]
+                        from_part = builder.block
+                for row, one, other in zip(found, full, part, strict=True):
+                    row.append(builder.phi(vec.llvm))
+                    row[-1].add_incoming(one, from_full)
+                    row[-1].add_incoming(other, from_part)
+                return [value for row in found for value in row]
+
+            def end(height, width, sums):
+                """Store the registers of C."""
+                rest = []
+                for at, value in enumerate(sums):
+                    row, col = divmod(at, width)
+                    target = move(c, c_row, row, col * vec.lanes)
+                    if col < width - 1:
+                        write(builder, vec, value, target)
+                    else:
+                        rest.append((value, target))
+                # Some CPUs take twenty times as long for a store with a mask.
+                with builder.if_else(whole) as (all_lanes, some):
+                    with all_lanes:
+                        for value, target in rest:
+                            write(builder, vec, value, target)
+                    with some:
+                        for value, target in rest:
+                            write_masked(builder, vec, value, target, mask)
+
             def block(fetch, height, width):
-                sums = []
-                for row in range(height):
-                    for col in range(width):
-                        source = move(init, init_row, row, col * vec.lanes)
-                        if col < width - 1:
-                            sums.append(read(builder, vec, source))
-                        else:
-                            sums.append(read_masked(builder, vec, source, mask))
+                sums = begun(height, width)
                 starts = [a] if of_strip else [move(a, a_row, row) for row in range(height)]
                 turns = builder.sdiv(depth, number(LINKS))
                 left_over = builder.srem(depth, number(LINKS))
@@ -173,13 +206,7 @@ def _tile(of_strip):
                 for count, links in ((turns, LINKS), (left_over, 1)):
                     asked = links if fetch else 0
                     state = loop(count, links, asked, number(asked * line), width, *state)
-                for at, value in enumerate(state[3]):
-                    row, col = divmod(at, width)
-                    target = move(c, c_row, row, col * vec.lanes)
-                    if col < width - 1:
-                        write(builder, vec, value, target)
-                    else:
-                        write_masked(builder, vec, value, target, mask)
+                end(height, width, state[3])
                 builder.branch(done)
 
             for fetch, height, width in shapes:

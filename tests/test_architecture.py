@@ -25,9 +25,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A module imports from levels above its own only; a new module has to be given a level.
 LEVELS = (
-    {"jit", "parallel", "memory", "checks", "text", "checkpoint", "init"},
+    {"jit", "memory", "checks", "text", "checkpoint", "init"},
     {"simd", "counter", "axes", "plot"},
-    {"vmath", "tile", "meeting", "rows"},
+    {"vmath", "tile", "atomic"},
+    {"crew"},
+    {"parallel"},
+    {"meeting", "rows"},
     {"gemm", "layout"},
     {"cells", "dropout", "noise", "loss", "optim", "clip", "units"},
     {"pack", "row", "norm"},
@@ -177,6 +180,28 @@ def test_only_jit_compiles(path):
         assert found & COMPILERS
     else:
         assert not found
+
+
+def kernels(path):
+    """The functions of a file that are compiled as entry points."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef):
+            names = {getattr(decorator, "id", None) for decorator in node.decorator_list}
+            if "kernel" in names:
+                yield node
+
+
+@each_file
+def test_kernels_with_parts_divide_themselves(path):
+    for function in kernels(path):
+        if [argument.arg for argument in function.args.args[:2]] == ["part", "parts"]:
+            first = [ast.unparse(line) for line in function.body[:2]]
+            assert "if divided(part, parts):\n    return" in first, function.name
+
+
+def test_kernels_are_found():
+    found = {function.name for path in FILES for function in kernels(path)}
+    assert {"forward_slice", "affine", "serve"} <= found
 
 
 def test_no_fast_math():

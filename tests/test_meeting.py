@@ -17,8 +17,8 @@ from helpers import (
 )
 from test_processes import EIGHT, LIMIT, PRELUDE, Program, posix
 
+from fastrnn import crew, layers, meeting, parallel, single, units
 from fastrnn import generate as generate_module
-from fastrnn import layers, meeting, parallel, single, units
 from fastrnn.generate import generate
 from fastrnn.models import CELL_NAMES, LanguageModel
 from fastrnn.tile import COLS
@@ -156,22 +156,24 @@ def test_nobody_comes(shared, monkeypatch):
     layer, x = lstm_and_input()
     with threads(1):
         want = layer(x)[0]
-    sent = []
-
-    class Silent:
-        put = sent.append
+    asleep = []
 
     def take(taken, limit):
-        taken.append(Silent())
+        taken.append(parallel._Thread())
+        asleep.append(taken[-1])
         return True
 
     monkeypatch.setattr(parallel._pool, "take", take)
     monkeypatch.setattr(parallel._pool, "give_back", lambda threads: None)
     with threads(2):
-        assert layer(x)[0].tobytes() == want.tobytes()
+        output = layer(x)[0]
+    assert output.tobytes() == want.tobytes()
     # Who comes after all finds that it is over, and touches nothing.
-    assert sent
-    assert not any(task.claim("thread") for task in sent)
+    assert asleep
+    output.fill(7)
+    for thread in asleep:
+        crew.serve(thread.slot)
+    assert (output == 7).all()
 
 
 def test_nobody_is_free(shared, monkeypatch):
@@ -187,16 +189,17 @@ def test_one_comes_late(shared, monkeypatch):
     layer, x = lstm_and_input()
     with threads(1):
         want = layer(x)[0]
-    run = parallel._Task.run
 
-    def late(task):
-        if task.claim("thread"):
-            time.sleep(0.2)
-        run(task)
+    def late(slot):
+        time.sleep(0.2)
+        serve(slot)
 
-    monkeypatch.setattr(parallel._Task, "run", late)
+    serve = crew.serve
+    monkeypatch.setattr(parallel, "_pool", parallel._Pool())
+    monkeypatch.setattr(crew, "serve", late)
     with threads(2):
         assert layer(x)[0].tobytes() == want.tobytes()
+        assert parallel._pool._started == 1
 
 
 @pytest.mark.parametrize("who", [0, 1])

@@ -461,15 +461,15 @@ def test_parts_without_threads(pool, monkeypatch):
 
 
 def test_threads_that_do_not_wake(pool):
-    asleep = [SimpleQueue(), SimpleQueue()]
+    asleep = [parallel._Thread(), parallel._Thread()]
     pool._free.update(dict.fromkeys(asleep))
     pool._started = 2
     work = Recorder()
     parallel.run(work, 4)
     assert sorted(work.ended) == [(part, 4) for part in range(4)]
     # What it left there must not be done again.
-    for tasks in asleep:
-        tasks.get().run()
+    for thread in asleep:
+        thread.tasks.get().run()
     assert len(work.ended) == 4
 
 
@@ -519,7 +519,7 @@ def test_arguments_are_let_go(pool):
         pass
 
     for asleep in (0, 1, 2):
-        pool._free.update({SimpleQueue(): None for _ in range(asleep)})
+        pool._free.update({parallel._Thread(): None for _ in range(asleep)})
         pool._started = len(pool._free)
         argument, freed = Array(), threading.Event()
         weakref.finalize(argument, freed.set)
