@@ -274,6 +274,11 @@ class Recurrent(Module):
         """Units of its parts: all H, with a projection that of h is less."""
         return (self.proj_size or self.hidden_size, *[self.hidden_size] * self.cell.carries)
 
+    def initial_state(self, batch: int) -> State:
+        """What sequences begin with where no state is given: zeros, or what was learned."""
+        axes = Axes(1, as_size("batch", batch), False, False)
+        return self._state_out(self._initial(None, axes), False)
+
     @property
     def _ends(self) -> tuple[str, ...]:
         """What keys of a layer's directions end in."""
