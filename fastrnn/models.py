@@ -21,8 +21,7 @@ from fastrnn.recurrent import Recurrent, State
 
 _KINDS: dict[str, type[Recurrent]] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
 CELL_NAMES = tuple(_KINDS)
-# Options of layers that a model has under the same name for all its parts, or cannot have: it reads
-# from left to right.
+# Options of layers that a model has itself, or cannot have, since it reads from left to right.
 _NOT_PASSED_ON = ("num_layers", "dropout", "dtype", "batch_first", "bidirectional", "merge")
 # How much larger than those of a Linear the head's weights start: it learns faster so.
 _HEAD = 4
@@ -86,6 +85,11 @@ class LanguageModel(Module):
                     f"{name}: expected an option that cell={_name(self.cell)!r} has "
                     f"({', '.join(sorted(taken))}), got {name}={value!r:.100}"
                 )
+        self.embedding = None
+        if self.embedding_size:
+            self.embedding = Embedding(
+                vocab_size, self.embedding_size, dtype=self.dtype, seed=seeds[0]
+            )
         kind: Any = functools.partial(Recurrent, cell) if isinstance(cell, Cell) else _KINDS[cell]
         self.rnn: Recurrent = kind(
             self.embedding_size or vocab_size,
@@ -103,11 +107,6 @@ class LanguageModel(Module):
                     f"{name}_dropout: expected 0 without an embedding, got {p}; give "
                     "embedding_size, too"
                 )
-        self.embedding = None
-        if self.embedding_size:
-            self.embedding = Embedding(
-                vocab_size, self.embedding_size, dtype=self.dtype, seed=seeds[0]
-            )
         self.head = Linear(self.rnn.output_size, vocab_size, dtype=self.dtype, seed=seeds[2])
         self.head.params["weight"] *= _HEAD
         parts = {"embedding": self.embedding, "rnn": self.rnn, "head": self.head}
@@ -140,8 +139,7 @@ class LanguageModel(Module):
 
     def copy(self) -> LanguageModel:
         """The same model with arrays of its own."""
-        arguments = self._arguments()
-        model = LanguageModel(**arguments)
+        model = LanguageModel(**self._arguments())
         model.load_state_dict(self.params)
         return model
 
@@ -153,7 +151,6 @@ class LanguageModel(Module):
 
     def initial_state(self, batch: int) -> State:
         """The state before a text begins: zeros, or with `learned_state` the one learned."""
-        self.rnn.check_params()
         return self.rnn.initial_state(batch)
 
     def __call__(self, tokens: Any, state: State = None) -> tuple[np.ndarray, State]:

@@ -277,6 +277,7 @@ class Recurrent(Module):
     def initial_state(self, batch: int) -> State:
         """What sequences begin with where no state is given: zeros, or what was learned."""
         axes = Axes(1, as_size("batch", batch), False, False)
+        self.check_params()
         return self._state_out(self._initial(None, axes), False)
 
     @property
