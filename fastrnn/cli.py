@@ -19,7 +19,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,8 +35,18 @@ from fastrnn.train import FORMAT, Callback, Diverged, Settings, Trainer, load_mo
 
 _DEFAULT_OUT = "model.safetensors"
 _DEFAULT_AVERAGE = 0.99
+_DEFAULT_HIDDEN = 256
 _DEFAULT_MINUTES = 0.75
 _WORDS = 30_000
+# What is drawn in training.
+_CHANCES = {
+    "--dropout": "between layers and before the output",
+    "--input-dropout": "of what goes into the first layer",
+    "--embedding-dropout": "of whole vectors",
+    "--recurrent-dropout": "of h in products",
+    "--weight-dropout": "of weights on h",
+    "--zoneout": "of units of h that stay",
+}
 
 
 def _version(package: str) -> str:
@@ -66,15 +76,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", metavar="FILE", help=f"where to save (default {_DEFAULT_OUT}, or --resume's file)")
     add("--level", choices=LEVELS, help="what a token is (default char)")
     add("--cell", choices=CELL_NAMES, help="default lstm")
-    add("--hidden", type=int, metavar="N", help="units of a layer (default 256)")
+    add("--hidden", type=int, metavar="N", help=f"units of a layer (default {_DEFAULT_HIDDEN})")
     add("--layers", type=int, metavar="N", help="default 1")
     add("--embedding", type=int, metavar="N", help="width; 0 for none (default as --hidden)")
-    add(
-        "--dropout",
-        type=float,
-        metavar="P",
-        help="between layers and before the output (default 0)",
-    )
+    for option, of in _CHANCES.items():
+        add(option, type=float, metavar="P", help=f"{of} (default 0)")
+    # What is not given is None: a resumed run refuses what is.
+    switch: dict[str, Any] = {"action": "store_const", "const": True}
+    add("--locked-dropout", **switch, help="one mask for all steps of a window")
+    add("--layer-norm", **switch, help="normalise in lstm or gru")
+    add("--proj", type=int, metavar="P", help="units of h of an lstm (default: no projection)")
+    add("--init", metavar="NAME", help="how weights begin: pytorch (default) or glorot")
+    add("--forget-bias", type=float, metavar="X", help="where that of an lstm begins")
+    add("--reset-before", **switch | {"const": False}, help="reset a gru's h before its product")
     add("--seq-len", type=int, metavar="N", help="steps of backpropagation (default 64)")
     add("--batch", type=int, metavar="N", help="texts read side by side (default 32)")
     add("--lr", type=float, metavar="X", help="learning rate (default 0.002)")
@@ -209,7 +223,25 @@ def _given(options: argparse.Namespace, *names: str) -> list[str]:
     return [f"--{n.replace('_', '-')}" for n in names if getattr(options, n) is not None]
 
 
-_MODEL_OPTIONS = ("level", "cell", "hidden", "layers", "embedding", "dropout")
+# Options, and the arguments that they are.
+_MODEL_OPTIONS = {
+    "cell": "cell",
+    "hidden": "hidden_size",
+    "layers": "num_layers",
+    "embedding": "embedding_size",
+    "dropout": "dropout",
+    "input_dropout": "input_dropout",
+    "embedding_dropout": "embedding_dropout",
+    "recurrent_dropout": "recurrent_dropout",
+    "weight_dropout": "weight_dropout",
+    "zoneout": "zoneout",
+    "locked_dropout": "locked_dropout",
+    "layer_norm": "layer_norm",
+    "proj": "proj_size",
+    "init": "init",
+    "forget_bias": "forget_bias",
+    "reset_before": "reset_after",
+}
 _RUN_OPTIONS = {
     "seq_len": "tbptt_steps",
     "batch": "batch",
@@ -224,13 +256,15 @@ _RUN_OPTIONS = {
 _LIMITS = ("steps", "epochs", "minutes")
 
 
+def _chosen(options: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
+    """Values of the options that were given, by the names of the arguments that they are."""
+    values = {name: getattr(options, option) for option, name in names.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _new_run(options: argparse.Namespace) -> tuple[LanguageModel, Vocabulary, np.ndarray, Settings]:
     level = options.level or "char"
-    chosen = {
-        name: getattr(options, option)
-        for option, name in _RUN_OPTIONS.items()
-        if getattr(options, option) is not None
-    }
+    chosen = _chosen(options, _RUN_OPTIONS)
     chosen.setdefault("average", _DEFAULT_AVERAGE)
     chosen |= {name: getattr(options, name) for name in _LIMITS}
     if not any(chosen[name] is not None for name in _LIMITS):
@@ -243,25 +277,15 @@ def _new_run(options: argparse.Namespace) -> tuple[LanguageModel, Vocabulary, np
         text = text.encode()
     vocabulary = Vocabulary.build(text, level, max_size=_WORDS if level == "word" else None)
     tokens = vocabulary.encode(text)
-    hidden = 256 if options.hidden is None else options.hidden
-    embedding = options.embedding
-    if embedding is None:
-        embedding = hidden
-    model = LanguageModel(
-        len(vocabulary),
-        hidden,
-        cell=options.cell or "lstm",
-        num_layers=1 if options.layers is None else options.layers,
-        embedding_size=embedding,
-        dropout=0.0 if options.dropout is None else options.dropout,
-        seed=settings.seed,
-    )
+    sizes = {"hidden_size": _DEFAULT_HIDDEN} | _chosen(options, _MODEL_OPTIONS)
+    sizes = {"embedding_size": sizes["hidden_size"]} | sizes
+    model = LanguageModel(len(vocabulary), **sizes, seed=settings.seed)
     return model, vocabulary, tokens, settings
 
 
 def _resumed_run(options: argparse.Namespace) -> tuple[Any, ...]:
     """Model, vocabulary, tokens, settings of a saved run, and what to restore."""
-    fixed = _given(options, *_MODEL_OPTIONS, *_RUN_OPTIONS)
+    fixed = _given(options, "level", *_MODEL_OPTIONS, *_RUN_OPTIONS)
     if fixed:
         raise ValueError(
             f"--resume: expected only --steps, --epochs or --minutes beside it, got {fixed[0]}; "
@@ -489,14 +513,9 @@ def _info(options: argparse.Namespace) -> int:
 _COMMANDS = {"train": _train, "sample": _sample, "score": _score, "info": _info}
 
 
-# Arguments of the library whose options have another name.
-_FLAGS = {
-    "hidden_size": "--hidden",
-    "num_layers": "--layers",
-    "embedding_size": "--embedding",
-    "tbptt_steps": "--seq-len",
-    "n": "--threads",
-}
+# What arguments of the library are called here.
+_FLAGS = {name: f"--{option.replace('_', '-')}" for option, name in _MODEL_OPTIONS.items()}
+_FLAGS |= {"tbptt_steps": "--seq-len", "n": "--threads"}
 
 
 def _fail(message: str) -> NoReturn:

@@ -75,15 +75,16 @@ def _draw(logits, at, size, temperature, top_k, top_p, u, weights):
 
 @kernel
 def _generate(
-    part, parts, meeting, cell, fresh, columns, embedding, values, places, w_head, b_head,
+    part, parts, meeting, cell, size, fresh, columns, embedding, values, places, w_head, b_head,
     h, carry, tokens, x, s, logits, chances, greedy, temperature, top_k, top_p, seed, eos,
     out, counts, left,
 ):  # fmt: skip
     """Continue the sequences of one slice of the batch, or all on one slice of the units.
 
+    size                H
     embedding           (V, E) if the first layer does not take tokens, else (1, 0)
     fresh, values, places   of all layers, see `fastrnn.stepper`
-    h                   (2, layers, B, H), in turn before and after a step
+    h                   (2, layers, B, H), in turn before and after a step; with a projection P
     carry (layers, B, carries*Hp), tokens (B,): where they are; updated
     x, s, logits        (parts or 1, B, E), (B, columns), (B, V), scratch; chances (parts, V), too
     out                 (steps, B), what is drawn
@@ -97,7 +98,7 @@ def _generate(
         if parts == 0:
             return
     mode = flush_denormals()
-    batch, size = h.shape[2:]
+    batch, breadth = h.shape[2:]
     w = width_of(h)
     steps = out.shape[0]
     vocabulary = b_head.size
@@ -133,10 +134,10 @@ def _generate(
         )  # fmt: skip
         if not draws:
             continue
-        top = ((after.shape[0] - 1) * batch + first) * size
+        top = ((after.shape[0] - 1) * batch + first) * breadth
         multiply(
-            1, rows, vocabulary, size, at(after, top), size, 0, at(w_head, 0), at(b_head, 0), 0,
-            at(logits, first * vocabulary), vocabulary, 0,
+            1, rows, vocabulary, breadth, at(after, top), breadth, 0, at(w_head, 0), at(b_head, 0),
+            0, at(logits, first * vocabulary), vocabulary, 0,
         )  # fmt: skip
         for b in range(first, first + rows):
             row = b * vocabulary
@@ -207,11 +208,12 @@ def generate(
         raise ValueError(f"num_sequences: expected 1 with a prompt (T, B), got {num_sequences}")
     ids = as_tokens("prompt", array, vocabulary, (None, None), "(T, B)")
     batch = ids.shape[1]
-    state = model.zero_state(batch)
+    state = model.initial_state(batch)
     if len(ids) > 1:
         x = ids[:-1] if model.embedding is None else model.embedding(ids[:-1])
         _, state = model.rnn(x, state)
-    rnn, dtype = model.rnn, model.dtype
+    rnn: Any = model.rnn
+    dtype = model.dtype
     cell = rnn.cell
     layers = [rnn._weights(i, rnn.params)[0][:6] for i in range(model.num_layers)]
     hidden = model.hidden_size
@@ -239,11 +241,12 @@ def generate(
     seed = as_size("seed", seed, -(2**63))
     if not apart:
         table = rnn.params["weight_ih_l0"].size if tokens else 0
-        work = length * batch * (bound.values.size - table + hidden * vocabulary)
+        work = length * batch * (bound.values.size - table + model.head.params["weight"].size)
         parts = parts_for(work, batch)
     columns = cell.tape * run_length
     arguments = (
         cell,
+        hidden,
         expected(rnn.zoneout, dtype),
         columns,
         embedding,

@@ -118,6 +118,9 @@ class LSTM(Recurrent):
             low, high = float(dtype.tiny), float(dtype.max)
             self.cell_clip = as_number("cell_clip", cell_clip, low, high)
             self._settings = (self.cell_clip,)
+        self.forget_bias = None
+        if forget_bias is not None:
+            self.forget_bias = self._as_forget_bias(forget_bias, bias)
         cell = lstm(
             peephole=self.peephole,
             coupled=self.coupled,
@@ -136,24 +139,26 @@ class LSTM(Recurrent):
         super().__init__(
             cell, *sizes, bias, batch_first, dropout, bidirectional, proj_size, **kwargs
         )
-        if forget_bias is not None:
-            self._check_forget_bias(forget_bias)
-        elif self.init == "glorot" and self.bias and not self.coupled:
-            forget_bias = 1.0
-        if forget_bias is not None:
+
+    def _begin(self, random: np.random.Generator) -> None:
+        super()._begin(random)
+        start = self.forget_bias
+        if start is None and self.init == "glorot" and self.bias and not self.coupled:
+            start = 1.0
+        if start is not None:
             # Both biases are added: one has it all.
             rows = slice(self.hidden_size, 2 * self.hidden_size)
             for key, value in self.params.items():
                 if key.startswith("bias_ih"):
-                    value[rows] = forget_bias
+                    value[rows] = start
                 elif key.startswith("bias_hh"):
                     value[rows] = 0
 
-    def _check_forget_bias(self, forget_bias: float) -> None:
-        as_number("forget_bias", forget_bias, -np.inf, np.inf, open_low=True)
-        without = "bias=False" if not self.bias else "coupled=True" if self.coupled else None
+    def _as_forget_bias(self, value: Any, bias: bool) -> float:
+        number = as_number("forget_bias", value, -np.inf, np.inf, open_low=True)
+        without = "bias=False" if not bias else "coupled=True" if self.coupled else None
         if without:
             raise ValueError(
-                f"forget_bias: expected None beside {without}, which has no such bias, "
-                f"got {forget_bias}"
+                f"forget_bias: expected None beside {without}, which has no such bias, got {value}"
             )
+        return number

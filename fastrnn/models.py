@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from fastrnn.cells import Cell
 from fastrnn.checks import as_choice, as_dtype, as_number, as_seed, as_size, as_tokens
 from fastrnn.dense import Embedding, Linear
 from fastrnn.dropout import dropout, rows_mask
@@ -15,15 +17,16 @@ from fastrnn.layers import GRU, LSTM, RNN
 from fastrnn.loss import softmax_cross_entropy, token_losses
 from fastrnn.memory import empty
 from fastrnn.module import Module, Params, new_grads
-from fastrnn.recurrent import State
+from fastrnn.recurrent import Recurrent, State
 
-CELL_NAMES = ("lstm", "gru", "rnn")
+_KINDS: dict[str, type[Recurrent]] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
+CELL_NAMES = tuple(_KINDS)
+# Options of layers that a model has itself, or cannot have, since it reads from left to right.
+_NOT_PASSED_ON = ("num_layers", "dropout", "dtype", "batch_first", "bidirectional", "merge")
 # How much larger than those of a Linear the head's weights start: it learns faster so.
 _HEAD = 4
 # Seeds of one step: one for each layer, the last two for the embedding and before the head.
 SEEDS = 256
-# Chances of what is drawn in training beside dropout.
-_DRAWN = ("input_dropout", "embedding_dropout", "recurrent_dropout", "weight_dropout", "zoneout")
 # Numbers of logits that are worked on at a time where no gradient is wanted.
 _LOGITS = 1 << 22
 # Up to this vocabulary, training takes an embedding and the weights after it in one product for
@@ -36,16 +39,18 @@ class LanguageModel(Module):
 
     vocab_size      V, how many tokens there are
     hidden_size     H of every layer
-    cell            "lstm", "gru" or "rnn" (tanh)
+    cell            "lstm", "gru", "rnn", or a `fastrnn.cells.Cell` of your own
     num_layers      depth of the stack
     embedding_size  E, width of an embedding before the first layer; 0: the first layer takes tokens
     dropout         probability between layers and before the logits, in training (Zaremba et al.
                     2014, arXiv:1409.2329v5)
     embedding_dropout   of whole vectors (Gal and Ghahramani 2016, arXiv:1512.05287)
-    input_dropout, locked_dropout, recurrent_dropout, weight_dropout, zoneout
-                    as in `Recurrent`; locked_dropout also before the logits
     dtype           float32 or float64
-    seed            draws the initial weights: PyTorch's, the head's up to +-4/sqrt(H)
+    seed            draws the initial weights: the layers' as by their `init`, the head's up to
+                    +-4/sqrt(H), with a projection +-4/sqrt(P)
+    options         of the layers: those of `Recurrent` and of `LSTM`, `GRU` or `RNN`, but for
+                    batch_first, bidirectional and merge. input_dropout needs an embedding;
+                    locked_dropout is also that before the logits
 
     `params` has the keys of the parts after "embedding.", "rnn." and "head.".
     """
@@ -55,57 +60,54 @@ class LanguageModel(Module):
         vocab_size: int,
         hidden_size: int = 256,
         *,
-        cell: str = "lstm",
+        cell: str | Cell = "lstm",
         num_layers: int = 1,
         embedding_size: int = 0,
         dropout: float = 0.0,
-        input_dropout: float = 0.0,
         embedding_dropout: float = 0.0,
-        recurrent_dropout: float = 0.0,
-        weight_dropout: float = 0.0,
-        zoneout: float = 0.0,
-        locked_dropout: bool = False,
         dtype: Any = np.float32,
         seed: int | None = None,
+        **options: Any,
     ) -> None:
         self.vocab_size = as_size("vocab_size", vocab_size)
         self.hidden_size = as_size("hidden_size", hidden_size)
-        self.cell = as_choice("cell", cell, CELL_NAMES)
-        self.num_layers = as_size("num_layers", num_layers)
-        if self.num_layers > SEEDS - 2:
-            raise ValueError(f"num_layers: expected at most {SEEDS - 2}, got {num_layers}")
+        self.cell = cell if isinstance(cell, Cell) else as_choice("cell", cell, CELL_NAMES)
+        self.num_layers = _as_depth(num_layers)
         self.embedding_size = as_size("embedding_size", embedding_size, 0)
         self.dropout = as_number("dropout", dropout, 0, 1)
-        self.input_dropout = as_number("input_dropout", input_dropout, 0, 1)
         self.embedding_dropout = as_number("embedding_dropout", embedding_dropout, 0, 1)
-        for name in ("input_dropout", "embedding_dropout"):
-            if getattr(self, name) and not self.embedding_size:
-                raise ValueError(
-                    f"{name}: expected 0 without an embedding, got {getattr(self, name)}; "
-                    "give embedding_size, too"
-                )
         self.dtype = as_dtype(dtype)
         seeds = [int(s) for s in np.random.default_rng(as_seed(seed)).integers(2**63, size=3)]
+        taken = _options(self.cell)
+        for name, value in options.items():
+            if name not in taken:
+                raise TypeError(
+                    f"{name}: expected an option that cell={_name(self.cell)!r} has "
+                    f"({', '.join(sorted(taken))}), got {name}={value!r:.100}"
+                )
         self.embedding = None
         if self.embedding_size:
             self.embedding = Embedding(
                 vocab_size, self.embedding_size, dtype=self.dtype, seed=seeds[0]
             )
-        kind = {"lstm": LSTM, "gru": GRU, "rnn": RNN}[cell]
-        self.rnn = kind(
+        kind: Any = functools.partial(Recurrent, cell) if isinstance(cell, Cell) else _KINDS[cell]
+        self.rnn: Recurrent = kind(
             self.embedding_size or vocab_size,
             hidden_size,
             num_layers,
             dropout=self.dropout,
-            input_dropout=self.input_dropout,
-            recurrent_dropout=recurrent_dropout,
-            weight_dropout=weight_dropout,
-            zoneout=zoneout,
-            locked_dropout=locked_dropout,
             dtype=self.dtype,
             seed=seeds[1],
+            **options,
         )
-        self.head = Linear(hidden_size, vocab_size, dtype=self.dtype, seed=seeds[2])
+        need = {"input": self.rnn.input_dropout, "embedding": self.embedding_dropout}
+        for name, p in need.items():
+            if p and not self.embedding_size:
+                raise ValueError(
+                    f"{name}_dropout: expected 0 without an embedding, got {p}; give "
+                    "embedding_size, too"
+                )
+        self.head = Linear(self.rnn.output_size, vocab_size, dtype=self.dtype, seed=seeds[2])
         self.head.params["weight"] *= _HEAD
         parts = {"embedding": self.embedding, "rnn": self.rnn, "head": self.head}
         self._parts: dict[str, Any] = {name: part for name, part in parts.items() if part}
@@ -118,32 +120,38 @@ class LanguageModel(Module):
             }
         )
 
+    def _arguments(self) -> dict[str, Any]:
+        """Those that make this model again."""
+        own = ("vocab_size", "hidden_size", "cell", "num_layers", "embedding_size", "dropout")
+        arguments = {name: getattr(self, name) for name in (*own, "embedding_dropout")}
+        arguments |= {name: getattr(self.rnn, name) for name in _options(self.cell)}
+        return arguments | {"dtype": str(self.dtype)}
+
     def config(self) -> dict[str, Any]:
-        """The arguments that make this model again, for JSON."""
-        return {
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "cell": self.cell,
-            "num_layers": self.num_layers,
-            "embedding_size": self.embedding_size,
-            "dropout": self.dropout,
-            "input_dropout": self.input_dropout,
-            "embedding_dropout": self.embedding_dropout,
-            "recurrent_dropout": self.rnn.recurrent_dropout,
-            "weight_dropout": self.rnn.weight_dropout,
-            "zoneout": self.rnn.zoneout,
-            "locked_dropout": self.rnn.locked_dropout,
-            "dtype": str(self.dtype),
-        }
+        """The arguments that make this model again, for JSON; not with a cell of your own."""
+        if isinstance(self.cell, Cell):
+            raise ValueError(
+                f'cell: expected "lstm", "gru" or "rnn" in a model that is described or saved, got '
+                f"the cell {self.cell.name}, whose code no file can hold; save the arrays of "
+                "state_dict() and load them into a model that is made by the same call"
+            )
+        return self._arguments()
+
+    def copy(self) -> LanguageModel:
+        """The same model with arrays of its own."""
+        model = LanguageModel(**self._arguments())
+        model.load_state_dict(self.params)
+        return model
 
     def __repr__(self) -> str:
-        return f"LanguageModel({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
+        defaults = _options(self.cell)
+        arguments = self._arguments() | {"cell": _name(self.cell)}
+        told = {k: v for k, v in arguments.items() if k not in defaults or v != defaults[k]}
+        return f"LanguageModel({', '.join(f'{k}={v!r}' for k, v in told.items())})"
 
-    def zero_state(self, batch: int) -> State:
-        """The state before a text begins."""
-        shape = (self.num_layers, as_size("batch", batch), self.hidden_size)
-        parts = tuple(np.zeros(shape, self.dtype) for _ in self.rnn.state_names)
-        return parts if len(parts) > 1 else parts[0]
+    def initial_state(self, batch: int) -> State:
+        """The state before a text begins: zeros, or with `learned_state` the one learned."""
+        return self.rnn.initial_state(batch)
 
     def __call__(self, tokens: Any, state: State = None) -> tuple[np.ndarray, State]:
         """Logits (T, B, V) for the token after each of `tokens` (T, B), and the final state."""
@@ -179,7 +187,8 @@ class LanguageModel(Module):
         """One piece of truncated backpropagation through time.
 
         tokens, targets  integers (T, B); target t is the token after t
-        state            carried from the piece before; zeros by default. No gradient flows into it
+        state            carried from the piece before; no gradient flows into it. By default the
+                         one before a text begins; with `learned_state` that has gradients
         seed             of all that is drawn: layer l uses seed + l, the embedding seed + 254, the
                          head seed + 255
         grads            gradients to add to; zeros by default
@@ -192,7 +201,7 @@ class LanguageModel(Module):
             for name, part in self._parts.items()
         }
         ids = self._tokens("tokens", tokens)
-        x, vectors = self._embed(ids, self.vocab_size <= _FEW and not self.input_dropout)
+        x, vectors = self._embed(ids, self.vocab_size <= _FEW and not self.rnn.input_dropout)
         kept = None
         if self.embedding_dropout:
             kept = rows_mask(self.vocab_size, self.embedding_dropout, seed + SEEDS - 2, self.dtype)
@@ -232,23 +241,42 @@ class LanguageModel(Module):
         return (ids, self.embedding.params["weight"]) if few else (self.embedding(ids), None)
 
 
+def _as_depth(num_layers: Any) -> int:
+    depth = as_size("num_layers", num_layers)
+    if depth > SEEDS - 2:
+        raise ValueError(f"num_layers: expected at most {SEEDS - 2}, got {num_layers}")
+    return depth
+
+
+def _name(cell: str | Cell) -> str:
+    return cell.name if isinstance(cell, Cell) else cell
+
+
+def _options(cell: str | Cell) -> dict[str, Any]:
+    """The options of a model that its layers take, and their defaults."""
+    kind = Recurrent if isinstance(cell, Cell) else _KINDS[cell]
+    return {name: v for name, v in kind.defaults().items() if name not in _NOT_PASSED_ON}
+
+
 def _shapes(
-    vocab_size: int, hidden_size: int, cell: str, num_layers: int, embedding_size: int, **rest: Any
+    vocab_size: int,
+    hidden_size: int,
+    cell: str,
+    num_layers: int,
+    embedding_size: int,
+    embedding_dropout: float,
+    **options: Any,
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of the `params` of a model that need not exist."""
-    gates = {"lstm": 4, "gru": 3, "rnn": 1}
-    rows = gates[as_choice("cell", cell, CELL_NAMES)] * hidden_size
-    if not 1 <= num_layers <= SEEDS - 2:
-        raise ValueError(f"num_layers: expected 1 to {SEEDS - 2}, got {num_layers}")
-    shapes = {"head.weight": (vocab_size, hidden_size), "head.bias": (vocab_size,)}
+    kind = _KINDS[as_choice("cell", cell, CELL_NAMES)]
+    inputs = embedding_size or vocab_size
+    layers = kind._plan(inputs, hidden_size, _as_depth(num_layers), **options)
+    shapes = {f"rnn.{key}": shape for key, shape in layers.items()}
+    # h has as many units as it has weights.
+    shapes["head.weight"] = (vocab_size, layers["weight_hh_l0"][1])
+    shapes["head.bias"] = (vocab_size,)
     if embedding_size:
         shapes["embedding.weight"] = (vocab_size, embedding_size)
-    width = embedding_size or vocab_size
-    for layer in range(num_layers):
-        shapes[f"rnn.weight_ih_l{layer}"] = (rows, width)
-        shapes[f"rnn.weight_hh_l{layer}"] = (rows, hidden_size)
-        shapes[f"rnn.bias_ih_l{layer}"] = shapes[f"rnn.bias_hh_l{layer}"] = (rows,)
-        width = hidden_size
     return shapes
 
 
@@ -256,16 +284,20 @@ def model_from_config(
     config: Mapping[str, Any], weights: Mapping[str, np.ndarray]
 ) -> LanguageModel:
     """The model of `LanguageModel.config` with these weights; both are checked strictly."""
-    wanted = LanguageModel(1, 1).config()
+    cell = config.get("cell") if isinstance(config, Mapping) else None
+    known = cell if isinstance(cell, str) and cell in CELL_NAMES else "lstm"
+    wanted = LanguageModel(1, 1, cell=known).config()
     if isinstance(config, Mapping):
         # Files that are older than these say nothing of them.
-        config = {name: wanted[name] for name in (*_DRAWN, "locked_dropout")} | dict(config)
+        config = _options(known) | {"embedding_dropout": 0.0} | dict(config)
     if not isinstance(config, Mapping) or set(config) != set(wanted):
         raise ValueError(f"model: expected the keys {sorted(wanted)}, got {config!r:.200}")
     for key, example in wanted.items():
-        if type(config[key]) is not type(example):
-            kind = type(example).__name__
-            raise ValueError(f"model: expected {key} of type {kind}, got {config[key]!r:.100}")
+        value = config[key]
+        # What is None unless it is chosen is a number.
+        kind = float if example is None and value is not None else type(example)
+        if type(value) is not kind:
+            raise ValueError(f"model: expected {key} of type {kind.__name__}, got {value!r:.100}")
     dtype = as_choice("dtype", config["dtype"], ("float32", "float64"))
     # Sizes that the arrays do not bear out must not be allocated.
     shapes = _shapes(**config)
@@ -274,7 +306,6 @@ def model_from_config(
         wanted_array = (dtype, shapes[key]) if key in shapes else None
         if found != wanted_array:
             raise ValueError(f"model: expected {key:.100} to be {wanted_array}, got {found}")
-    arguments = dict(config)
-    model = LanguageModel(arguments.pop("vocab_size"), arguments.pop("hidden_size"), **arguments)
+    model = LanguageModel(**config)
     model.load_state_dict(weights)
     return model

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -128,6 +129,8 @@ class Recurrent(Module):
     _settings: tuple[float, ...] = ()
     # What weights were packed to, by layer and side, where `params` do not change any more.
     _packed: dict[tuple, dict] | None = None
+    # Whether it is made for its shapes only: see `_plan`.
+    _planned = False
 
     def __init__(
         self,
@@ -197,14 +200,48 @@ class Recurrent(Module):
                 f'RNN(..., nonlinearity="relu"), with the cell {cell.name}'
             )
         self.dtype = as_dtype(dtype)
-        random = np.random.default_rng(as_seed(seed))
+        seed = as_seed(seed)
+        if not self._planned:
+            self._begin(np.random.default_rng(seed))
+
+    def _begin(self, random: np.random.Generator) -> None:
+        """Draw the initial weights."""
         params = {}
-        for layer, end in itertools.product(range(self.num_layers), self._ends):
-            for name, shape in self._layer_shapes(layer).items():
-                value = initial(name, shape, self.hidden_size, init, random)
-                params[f"{name}_l{layer}{end}"] = value.astype(self.dtype)
+        for key, (name, shape) in self._all_shapes().items():
+            value = initial(name, shape, self.hidden_size, self.init, random)
+            params[key] = value.astype(self.dtype)
         self._own(params)
         self._seeds = np.random.default_rng(random.integers(2**63))
+
+    @classmethod
+    def _plan(cls, *arguments: Any, **options: Any) -> dict[str, tuple[int, ...]]:
+        """The shapes of the `params` that a layer of these arguments would have.
+
+        Arguments are checked as the class checks them; no memory is taken.
+        """
+        layer = cls.__new__(cls)
+        layer._planned = True
+        cls.__init__(layer, *arguments, **options)
+        return {key: shape for key, (_, shape) in layer._all_shapes().items()}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What may be chosen beside a cell, sizes and a seed: its names and defaults."""
+        found = {}
+        for kind in reversed(cls.__mro__):
+            if issubclass(kind, Recurrent):
+                for name, parameter in inspect.signature(kind.__init__).parameters.items():
+                    if parameter.default is not parameter.empty and name != "seed":
+                        found[name] = parameter.default
+        return found
+
+    def _all_shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Of all parameters by their keys, beside the names that they have in one layer."""
+        return {
+            f"{name}_l{layer}{end}": (name, shape)
+            for layer, end in itertools.product(range(self.num_layers), self._ends)
+            for name, shape in self._layer_shapes(layer).items()
+        }
 
     def _layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Of the parameters of one direction, in the order of their keys."""
@@ -236,6 +273,12 @@ class Recurrent(Module):
     def state_sizes(self) -> tuple[int, ...]:
         """Units of its parts: all H, with a projection that of h is less."""
         return (self.proj_size or self.hidden_size, *[self.hidden_size] * self.cell.carries)
+
+    def initial_state(self, batch: int) -> State:
+        """What sequences begin with where no state is given: zeros, or what was learned."""
+        axes = Axes(1, as_size("batch", batch), False, False)
+        self.check_params()
+        return self._state_out(self._initial(None, axes), False)
 
     @property
     def _ends(self) -> tuple[str, ...]:
@@ -308,10 +351,18 @@ class Recurrent(Module):
         return [[part[layer * count + side] for part in states] for side in range(count)]
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.input_size}, {self.hidden_size}, "
-            f"num_layers={self.num_layers}, dtype={self.dtype})"
-        )
+        own = self.defaults()
+        for name in ("num_layers", "dtype"):
+            own.pop(name)
+        # A subclass may keep an argument to itself.
+        chosen = {name: getattr(self, name, default) for name, default in own.items()}
+        told = [
+            *([self.cell.name] if type(self) is Recurrent else []),
+            f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}",
+            *(f"{name}={value!r}" for name, value in chosen.items() if value != own[name]),
+            f"dtype={self.dtype}",
+        ]
+        return f"{type(self).__name__}({', '.join(told)})"
 
     def __call__(
         self,

@@ -119,9 +119,8 @@ def _sharing(cell: Cell, layouts: list[Layout], of: Weights, work: int) -> tuple
     steps, columns = layouts[0].steps, layouts[0].columns
     total = columns * len(layouts)
     meet = parts_of_units(cell, steps, columns, len(of.h) // cell.gates, of.h.dtype)
-    # Two directions feed two threads without meeting; some cells need all units of a step at once.
-    whole = cell.projected or cell.normed
-    if whole or (len(layouts) > 1 and total >= get_num_threads()):
+    # Two directions feed two threads without meeting.
+    if len(layouts) > 1 and total >= get_num_threads():
         meet = 1
     return meet, parts_for(work, total)
 

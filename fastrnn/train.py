@@ -175,10 +175,9 @@ class Trainer:
         self.grad_norm = math.nan
         self.averaged = model
         if settings.average:
-            self.averaged = LanguageModel(**model.config())
-            self.averaged.load_state_dict(model.params)
+            self.averaged = model.copy()
         self.best_params = self.averaged.state_dict()
-        self.state: State = model.zero_state(batch)
+        self.state: State = model.initial_state(batch)
         self._grads = {key: np.zeros_like(value) for key, value in model.params.items()}
         self._losses: list[float] = []
         self._saved: float | None = None
@@ -248,7 +247,8 @@ class Trainer:
     def _train_step(self) -> None:
         settings = self.settings
         k = self.step % self.streams.windows
-        state = self.model.zero_state(settings.batch) if k == 0 else self.state
+        # None and not initial_state: gradients reach one that is learned.
+        state = None if k == 0 else self.state
         x, targets = self.streams[k]
         for g in self._grads.values():
             g.fill(0)
@@ -369,7 +369,7 @@ class Trainer:
         try:
             step = as_size("step", description["step"], 0)
             self.optimizer.load_state(_under(tensors, "optimizer."), step)
-            state = self.model.zero_state(self.settings.batch)
+            state = self.model.initial_state(self.settings.batch)
             parts = state if isinstance(state, tuple) else (state,)
             load_params(
                 {str(i): v for i, v in enumerate(parts)}, _under(tensors, "state."), "state"

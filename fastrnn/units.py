@@ -25,8 +25,11 @@ def parts_of_units(cell: Any, steps: int, batch: int, size: int, dtype: Any) -> 
     """How many threads are to share the units of a step, rather than the sequences: if above 1.
 
     They do where there are fewer sequences than threads, and where weights that do not stay in the
-    second-level cache would be read by each thread for a few sequences.
+    second-level cache would be read by each thread for a few sequences. Never where a step needs
+    all units at once, for a projection or to normalise them.
     """
+    if cell.projected or cell.normed:
+        return 1
     threads = get_num_threads()
     weights = cell.gates * size * size
     panels = -(-size // (COLS * lanes(dtype)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -31,6 +32,25 @@ mostly_double = pytest.mark.parametrize(
     + [(cell, np.float32) for cell in ("gru_before", "lstm", "lstm_projected", "rnn_tanh")],
     ids=lambda value: value if isinstance(value, str) else np.dtype(value).name,
 )
+
+
+def _projected(inputs, size, *arguments, **options):
+    # One unit cannot be projected to fewer.
+    return fastrnn.LSTM(inputs, max(2, size), *arguments, proj_size=-(-size // 2), **options)
+
+
+# Layers of every form that a step may have.
+KINDS = {
+    "lstm": fastrnn.LSTM,
+    "gru": fastrnn.GRU,
+    "rnn": fastrnn.RNN,
+    "gru_before": functools.partial(fastrnn.GRU, reset_after=False),
+    "lstm_variants": functools.partial(fastrnn.LSTM, peephole=True, coupled=True, cell_clip=0.3),
+    "lstm_projected": _projected,
+    "lstm_norm": functools.partial(fastrnn.LSTM, layer_norm=True),
+    "gru_norm": functools.partial(fastrnn.GRU, layer_norm=True),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def tolerance(dtype, terms):

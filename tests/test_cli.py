@@ -53,6 +53,11 @@ NO_NOISE = {
     "zoneout": 0,
     "locked_dropout": False,
 }
+# What a layer has unless told otherwise.
+PLAIN = {"bias": True, "proj_size": 0, "learned_state": False, "init": "pytorch"}
+PLAIN_GRU = PLAIN | {"reset_after": True, "reset_gate": True, "layer_norm": False}
+PLAIN_LSTM = PLAIN | {"peephole": False, "coupled": False, "cell_clip": None}
+PLAIN_LSTM |= {"layer_norm": False, "forget_bias": None}
 
 
 @pytest.fixture(autouse=True)
@@ -300,6 +305,7 @@ def test_every_option_reaches_the_run(train):
             "dtype": "float32",
         }
         | NO_NOISE
+        | PLAIN_GRU
     )
     assert description["run"]["settings"] == {
         "batch": 4,
@@ -346,6 +352,7 @@ def test_defaults_are_those_of_the_help(level, monkeypatch):
             "dtype": "float32",
         }
         | NO_NOISE
+        | PLAIN_LSTM
     )
     assert (settings.batch, settings.tbptt_steps, settings.lr) == (32, 64, 0.002)
     assert (settings.clip_norm, settings.val_fraction, settings.seed) == (5, 0.05, 0)
@@ -384,6 +391,36 @@ def test_every_cell_on_every_level_trains_samples_and_scores(cell, level, train,
     assert done.code == 0
     count = {"char": 17, "byte": 19, "word": 3}[level]
     assert json.loads(done.out)["tokens"] == count
+
+
+RICH = [
+    (
+        ("--proj", "5", "--recurrent-dropout", "0.1", "--forget-bias", "-1", "--zoneout", "0.2"),
+        {"proj_size": 5, "recurrent_dropout": 0.1, "forget_bias": -1, "zoneout": 0.2},
+    ),
+    (
+        ("--layer-norm", "--init", "glorot", "--weight-dropout", "0.1", "--input-dropout", "0.2"),
+        {"layer_norm": True, "init": "glorot", "weight_dropout": 0.1, "input_dropout": 0.2},
+    ),
+    (
+        ("--cell", "gru", "--reset-before", "--embedding-dropout", "0.3", "--locked-dropout"),
+        {"cell": "gru", "reset_after": False, "embedding_dropout": 0.3, "locked_dropout": True},
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "wanted"), RICH, ids=lambda v: " ".join(v)[:30])
+def test_options_reach_the_model_and_a_run_that_goes_on(options, wanted, train, resume, cli):
+    train(*options, steps=4, out="whole")
+    model, _, _ = load_model("whole")
+    changed = {k: v for k, v in model.config().items() if k in wanted}
+    assert changed == wanted
+    train(*options, steps=2)
+    resume("m", "--steps", 4)
+    check_same_run("m", "whole")
+    done = cli("sample", "m", "--length", 20, "--seed", 1)
+    assert (done.code, done.err) == (0, "")
+    assert cli("score", "m", "The quick brown fox").code == 0
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -467,6 +504,21 @@ BAD_OPTIONS = [
     (("--embedding", "-1"), ("--embedding: expected at least 0, got -1",)),
     (("--dropout", "1"), ("dropout: expected a number in [0, 1), got 1",)),
     (("--dropout", "nan"), ("dropout: expected a number in [0, 1), got nan",)),
+    (("--zoneout", "1"), ("--zoneout: expected a number in [0, 1), got 1",)),
+    (("--weight-dropout", "2"), ("--weight-dropout: expected a number in [0, 1), got 2",)),
+    (("--input-dropout", "1", "--embedding", "8"), ("--input-dropout: expected a number",)),
+    (("--input-dropout", "0.1", "--embedding", "0"), ("--input-dropout: expected 0 without",)),
+    (("--embedding-dropout", "0.1", "--embedding", "0"), ("--embedding-dropout: expected 0",)),
+    (("--recurrent-dropout", "much"), ("--recurrent-dropout", "'much'")),
+    (("--proj", "100"), ("--proj: expected less than hidden_size",)),
+    (("--proj", "4", "--cell", "gru"), ("--proj: expected 0, since this cell has no projection",)),
+    (("--layer-norm", "--proj", "4"), ("--layer-norm: expected False beside",)),
+    (("--layer-norm", "--cell", "rnn"), ("--layer-norm: expected an option that cell='rnn' has",)),
+    (("--reset-before",), ("--reset-before: expected an option that cell='lstm' has",)),
+    (("--forget-bias", "1", "--cell", "gru"), ("--forget-bias: expected an option that cell=",)),
+    (("--forget-bias", "nan"), ("--forget-bias: expected a number",)),
+    (("--init", "ones"), ("--init: expected one of pytorch, glorot, identity, got 'ones'",)),
+    (("--init", "identity"), ("--init: expected",)),
     (("--seq-len", "0"), ("--seq-len: expected at least 1, got 0",)),
     (("--batch", "0"), ("batch: expected at least 1, got 0",)),
     (("--batch", "10" * 20), ("corpus: expected at least batch * seq_len + 1 = ", "got 855")),
@@ -856,6 +908,17 @@ def test_resume_finds_the_corpus_or_takes_it_from_where_it_is_now(train, resume,
         ("--layers", "1"),
         ("--embedding", "0"),
         ("--dropout", "0"),
+        ("--input-dropout", "0"),
+        ("--embedding-dropout", "0"),
+        ("--recurrent-dropout", "0"),
+        ("--weight-dropout", "0"),
+        ("--zoneout", "0"),
+        ("--locked-dropout",),
+        ("--layer-norm",),
+        ("--proj", "0"),
+        ("--init", "pytorch"),
+        ("--forget-bias", "0"),
+        ("--reset-before",),
         ("--seq-len", "8"),
         ("--batch", "2"),
         ("--lr", "0.1"),
@@ -1293,7 +1356,9 @@ def test_help_shows_every_option(cli):
             *("CORPUS", "--out", "--level", "--cell", "--hidden", "--layers", "--embedding"),
             *("--seq-len", "--batch", "--lr", "--clip-norm", "--dropout", "--epochs"),
             *("--minutes", "--steps", "--val-fraction", "--seed", "--threads", "--resume"),
-            *("--quiet", "--json"),
+            *("--input-dropout", "--embedding-dropout", "--recurrent-dropout", "--zoneout"),
+            *("--weight-dropout", "--locked-dropout", "--layer-norm", "--proj", "--init"),
+            *("--forget-bias", "--reset-before", "--quiet", "--json"),
         ],
         ("sample",): [
             *("MODEL", "--prompt", "--length", "--temperature", "--top-k", "--top-p"),

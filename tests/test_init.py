@@ -99,3 +99,23 @@ def test_projection_sizes():
     }
     y, (h, c) = layer(np.zeros((5, 3, 3), np.float32))
     assert (y.shape, h.shape, c.shape) == ((5, 3, 4), (4, 3, 2), (4, 3, 4))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_initial_state_is_what_none_stands_for(bidirectional, rng):
+    layer = fastrnn.LSTM(
+        3, 4, 2, proj_size=2, bidirectional=bidirectional, learned_state=True, seed=0
+    )
+    for value in layer.params.values():
+        value[...] = rng.standard_normal(value.shape)
+    x = rng.standard_normal((5, 3, 3)).astype("f4")
+    h, c = layer.initial_state(3)
+    count = 4 if bidirectional else 2
+    assert (h.shape, c.shape) == ((count, 3, 2), (count, 3, 4))
+    same(h[1, 2], layer.params["h_0_l0_reverse" if bidirectional else "h_0_l1"])
+    same(layer(x, (h, c))[0], layer(x)[0])
+    with pytest.raises(ValueError, match="batch: expected at least 1, got 0"):
+        layer.initial_state(0)
+    layer.params["c_0_l1"] = np.zeros(3, "f4")
+    with pytest.raises(ValueError, match="c_0_l1"):
+        layer.initial_state(3)

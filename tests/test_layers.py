@@ -231,6 +231,48 @@ def test_state_dict_is_a_copy():
 
 def test_repr():
     assert repr(fastrnn.LSTM(3, 4, 2)) == "LSTM(3, 4, num_layers=2, dtype=float32)"
+    options = {"proj_size": 2, "cell_clip": 1.5, "learned_state": True, "dtype": "f8"}
+    wanted = (
+        "LSTM(3, 4, num_layers=1, proj_size=2, learned_state=True, cell_clip=1.5, dtype=float64)"
+    )
+    assert repr(fastrnn.LSTM(3, 4, **options)) == wanted
+    wanted = "RNN(3, 4, num_layers=1, init='identity', nonlinearity='relu', dtype=float32)"
+    assert repr(fastrnn.RNN(3, 4, 1, "relu", init="identity")) == wanted
+    wanted = "GRU(3, 4, num_layers=1, bias=False, dropout=0.5, reset_after=False, dtype=float32)"
+    assert repr(fastrnn.GRU(3, 4, 1, False, False, 0.5, reset_after=False)) == wanted
+    own = fastrnn.Recurrent(CELLS["gru"], 3, 4, zoneout=0.1)
+    assert repr(own) == "Recurrent(gru, 3, 4, num_layers=1, zoneout=0.1, dtype=float32)"
+
+
+OPTIONS = {
+    fastrnn.RNN: {"nonlinearity": "relu", "init": "identity"},
+    fastrnn.GRU: {"reset_after": False, "reset_gate": False, "bias": False},
+    fastrnn.LSTM: {"proj_size": 3, "peephole": True, "coupled": True, "cell_clip": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("general", [{}, {"bidirectional": True, "learned_state": True}], ids=str)
+def test_a_layer_says_what_was_chosen(kind, general):
+    defaults = kind.defaults()
+    for options in ({}, OPTIONS[kind] | general, {"init": "glorot"}):
+        layer = kind(n_in, H, 2, **options)
+        wanted = defaults | options | {"num_layers": 2}
+        assert {name: getattr(layer, name) for name in defaults} == wanted
+        wanted = {key: value.shape for key, value in layer.params.items()}
+        assert kind._plan(n_in, H, 2, **options) == wanted
+
+
+def test_a_plan_is_checked_and_takes_no_memory():
+    tracemalloc.start()
+    try:
+        shapes = fastrnn.LSTM._plan(10**12, 10**15, proj_size=7)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert shapes["weight_hr_l0"] == (7, 10**15)
+    with pytest.raises(ValueError, match="proj_size: expected less than hidden_size"):
+        fastrnn.LSTM._plan(3, 4, proj_size=4)
 
 
 def bad_layers():

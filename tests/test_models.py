@@ -46,7 +46,7 @@ def new_data(rng, model, steps=T, batch=B):
     shape = (model.num_layers, batch, model.hidden_size)
     parts = [
         frozen(rng.standard_normal(shape).astype(model.dtype))
-        for _ in as_parts(model.zero_state(batch))
+        for _ in as_parts(model.initial_state(batch))
     ]
     return frozen(tokens), frozen(targets), as_state(parts)
 
@@ -64,7 +64,7 @@ def reference_loss_and_grads(model, tokens, targets, state=None, seed=0):
     params = {key: value.astype(np.float64) for key, value in model.params.items()}
     reference = CELLS[model.cell]
     head = {key: params[f"head.{key}"] for key in ("weight", "bias")}
-    state = as_parts(model.zero_state(tokens.shape[1]) if state is None else state)
+    state = as_parts(model.initial_state(tokens.shape[1]) if state is None else state)
     shape = (*tokens.shape, model.hidden_size)
     x = tokens
     if model.embedding_size:
@@ -233,7 +233,7 @@ def test_a_state_that_is_carried_gives_the_bits_of_the_whole(cell, rng):
 def test_no_state_is_a_state_of_zeros(cell, rng):
     model = new_model(cell)
     tokens, targets, state = new_data(rng, model)
-    zeros = model.zero_state(B)
+    zeros = model.initial_state(B)
     assert [part.shape for part in as_parts(zeros)] == [(2, B, H)] * (2 if cell == "lstm" else 1)
     assert all(part.dtype == model.dtype and not part.any() for part in as_parts(zeros))
     loss, grads, _ = model.loss_and_grads(tokens, targets)
@@ -529,7 +529,7 @@ def test_bad_tokens_targets_and_states_are_named(rng):
     with pytest.raises(ValueError, match=r"^grads\['head.weight'\]: expected"):
         model.loss_and_grads(tokens, targets, grads=grads)
     with pytest.raises(ValueError, match=r"^batch: expected at least 1"):
-        model.zero_state(0)
+        model.initial_state(0)
 
 
 def test_an_array_that_kernels_cannot_read_is_named_when_it_is_used(rng):

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 
 import numpy as np
 import pytest
+from helpers import each_kind
 
 import fastrnn
 import fastrnn.stepper
 from fastrnn import memory
 from fastrnn.simd import lanes
 
-VARIANTS = {"peephole": True, "coupled": True, "cell_clip": 0.3}
-LAYERS = {
-    "lstm": fastrnn.LSTM,
-    "gru": fastrnn.GRU,
-    "rnn": fastrnn.RNN,
-    "gru_before": functools.partial(fastrnn.GRU, reset_after=False),
-    "lstm_variants": functools.partial(fastrnn.LSTM, **VARIANTS),
-}
-each_layer = pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS)
 each_dtype = pytest.mark.parametrize("dtype", ["f4", "f8"])
 
 
@@ -35,7 +26,7 @@ def same(found, wanted):
     assert found.dtype == wanted.dtype
 
 
-@each_layer
+@each_kind
 @each_dtype
 @pytest.mark.parametrize("batch", [None, 1, 3, 40])
 @pytest.mark.parametrize("tokens", [False, True])
@@ -61,7 +52,7 @@ def test_steps_are_those_of_the_layer(kind, dtype, batch, tokens, rng):
         same(stepper(x[0]), wanted[0])
 
 
-@each_layer
+@each_kind
 def test_threads_do_not_matter(kind, rng, threads):
     layer = kind(70, 130, 2, seed=0)
     x = rng.standard_normal((3, 40, 70)).astype("f4")
@@ -73,7 +64,7 @@ def test_threads_do_not_matter(kind, rng, threads):
         same(two(v), y)
 
 
-@each_layer
+@each_kind
 def test_a_copy_from_another_kind_of_cpu_is_refused(kind):
     stepper = kind(3, 17, seed=0).stepper()
     state = stepper.__getstate__()
@@ -82,7 +73,7 @@ def test_a_copy_from_another_kind_of_cpu_is_refused(kind):
         stepper.__class__.__new__(stepper.__class__).__setstate__(state)
 
 
-@each_layer
+@each_kind
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 def test_a_copy_goes_its_own_way(kind, copied, rng):
     layer = kind(3, 17, seed=0)

@@ -408,6 +408,40 @@ def test_a_run_goes_on_from_a_file(stop, tmp_path):
     assert about["model"] == whole["model"]
 
 
+RICH = {
+    "lstm_projected": {"cell": "lstm", "proj_size": 3, "recurrent_dropout": 0.3},
+    "lstm_norm": {"cell": "lstm", "layer_norm": True},
+    "gru_before": {"cell": "gru", "reset_after": False, "zoneout": 0.3, "learned_state": True},
+}
+
+
+@pytest.mark.parametrize("sizes", RICH.values(), ids=RICH)
+def test_a_run_of_a_rich_model_goes_on_from_a_file(sizes, tmp_path):
+    # Step 6 begins the text again, with the state that is learned.
+    settings, path = new_settings(steps=7, val_every=2, average=0.8), tmp_path / "m"
+
+    def save(trainer):
+        tensors, run = trainer.checkpoint()
+        about = {"kind": FORMAT, "model": trainer.model.config(), "run": run}
+        checkpoint.save(path, tensors, about)
+
+    def new():
+        return new_model(**sizes, num_layers=2, embedding_size=4)
+
+    Trainer(new(), NOISE, settings, save=save).fit()
+    tensors, about = checkpoint.load(path)
+    for key, value in new().params.items():
+        assert (tensors[f"params.{key}"] != value).any(), f"{key} was not trained"
+    Trainer(new(), NOISE, settings, save=save, stop=stop_after(3)).fit()
+    model, kept, description = load_model(path)
+    trainer = Trainer(model, NOISE, settings_from(description["run"]["settings"]))
+    trainer.restore(kept, description["run"])
+    assert trainer.step == 3
+    trainer.fit()
+    check_same_run(snapshot(trainer), (tensors, about["run"]))
+    assert description["model"] == about["model"]
+
+
 def test_restoring_copies_and_a_checkpoint_is_all_it_needs():
     trainer = Trainer(new_model(), NOISE, new_settings(steps=8))
     trainer.fit()
