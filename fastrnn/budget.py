@@ -127,21 +127,27 @@ class _Step:
         masked = self.states(piece) * self.work.masked
         return [n for n in (carry, piece * self.row, masked) if n] * self.sides
 
-    def forward(self, width: int) -> tuple[list[int], list[int]]:
-        """A layer: (what it holds until its backward, its output)."""
+    def forward(self, width: int, last: bool) -> tuple[list[int], list[int], list[int]]:
+        """A layer: (what it holds until its backward, until the first turn of it, its output).
+
+        last  whether it is the last layer
+        """
         memory, work, sides = self.memory, self.work, self.sides
         output = memory.take(self.states(self.count)) if sides == 1 else []
         thinned = memory.take(*self.thinned)
         packed = memory.take(*self.packed(width))
         held: list[int] = []
+        kept: list[int] = []
         own: list[int] = []
-        for piece in self.pieces:
+        for turn, piece in enumerate(self.pieces):
             turned = memory.take(piece * width) if sides > 1 else []
-            if sides > 1:
-                own += memory.take(*[self.states(piece)] * sides)
+            mine = memory.take(*[self.states(piece)] * sides) if sides > 1 else []
             if self.whole:
-                held += turned + memory.take(*self.run(piece))
+                held += turned + mine + memory.take(*self.run(piece))
+            elif last and turn == len(self.pieces) - 1:
+                kept = turned + mine + memory.take(*self.run(piece))
             else:
+                own += mine
                 chunk = min(piece, max(_CHUNK // self.row, HEIGHT)) * self.row
                 memory.give(memory.take(*[chunk] * sides))
                 memory.give(turned)
@@ -150,14 +156,11 @@ class _Step:
         memory.give(packed + thinned)
         if sides > 1:
             output = memory.take(self.count * work.output)
-        if self.whole:
-            held += own
-        else:
-            memory.give(own)
-        return held, output
+        memory.give(own)
+        return held, kept, output
 
-    def backward(self, width: int, tokens: bool) -> list[int]:
-        """A layer: its d_x."""
+    def backward(self, width: int, tokens: bool, kept: list[int]) -> list[int]:
+        """A layer: its d_x; kept: what is given up after the first turn."""
         memory, work, sides = self.memory, self.work, self.sides
         if tokens:
             # No d_x, but sums of gradients by token.
@@ -169,7 +172,9 @@ class _Step:
         packed += memory.take(*self.thinned * 3)
         for piece in reversed(self.pieces):
             again, turned = [], []
-            if not self.whole:
+            if kept:
+                again, kept = kept, []
+            elif not self.whole:
                 again = memory.take(*self.run(piece), *[self.states(piece)] * sides)
                 turned = memory.take(piece * width) if sides > 1 else []
             turned += memory.take(piece * work.width, piece * work.width) if sides > 1 else []
@@ -195,26 +200,26 @@ def step_numbers(work: Work, threads: int) -> int:
     """Numbers that forward and backward take at most, beside x, d_output and the parameters."""
     step = _Step(work, threads)
     memory = step.memory
-    layers: list[list[int]] = []
+    layers: list[tuple[list[int], list[int]]] = []
     below: list[int] = []
     for layer, width in enumerate(work.widths):
         if work.dropout[layer > 0]:
             dropped = memory.take(step.count * width)
             # A whole layer holds its h, another only what the next one reads.
             if layer and step.whole and step.sides == 1:
-                layers[-1] += below
+                layers[-1][0].extend(below)
             else:
                 memory.give(below)
             below = dropped
-        held, output = step.forward(width)
-        layers.append(held + below)
+        held, kept, output = step.forward(width, layer == len(work.widths) - 1)
+        layers.append((held + below, kept))
         below = output
     # What comes out of the last layer is held, too.
     memory.take(work.params)
     above: list[int] = []
     for width in reversed(work.widths):
-        held = layers.pop()
-        d_x = step.backward(width, work.tokens and not layers)
+        held, kept = layers.pop()
+        d_x = step.backward(width, work.tokens and not layers, kept)
         memory.give(above + held)
         above = d_x
     return memory.most

@@ -57,6 +57,12 @@ def scratch(like, count):
 
 
 @helper
+def integers(count):
+    """`count` uninitialised integers; what fills arrays takes Numba seconds to compile."""
+    return np.empty(count, np.intp)
+
+
+@helper
 def panel_scratch(like, m_x, m_h):
     """Memory for the panels of `accumulate`."""
     w = width_of(like)
@@ -333,7 +339,8 @@ def affine_gradients(part, parts, rows, x, d_y, p, zeros, d_x, d_weight, d_bias)
     w = width_of(x)
     blocks = (n + w - 1) // w
     first, end = blocks * part // parts, blocks * (part + 1) // parts
-    order = np.array([0, -1])
+    order = integers(2)
+    order[0], order[1] = 0, -1
     panel, strip = panel_scratch(x, size, 0), strip_scratch(x)
     accumulate(
         rows.size, at(rows, 0), at(rows, 0), at(d_y, 0), n, n, 1, at(order, 0), first, end,

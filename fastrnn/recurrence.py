@@ -44,7 +44,7 @@ from fastrnn.cells.cell import (
     tape_of,
 )
 from fastrnn.crew import divided
-from fastrnn.gemm import accumulate, multiply, panel_scratch, scatter, strip_scratch
+from fastrnn.gemm import accumulate, integers, multiply, panel_scratch, scatter, strip_scratch
 from fastrnn.jit import helper, kernel
 from fastrnn.meeting import arrive, gather, wait
 from fastrnn.noise import (
@@ -457,10 +457,10 @@ def _add_both(
     w = width_of(h)
     blocks = (size + w - 1) // w
     runs = max(order_x.size, tail + order_h.size)
-    order = np.full(2 * runs, -1, np.intp)
-    if m_x:
-        order[: order_x.size] = order_x
-    order[runs + tail : runs + tail + order_h.size] = order_h
+    order = integers(2 * runs)
+    for g in range(runs):
+        order[g] = order_x[g] if m_x and g < order_x.size else -1
+        order[runs + g] = order_h[g - tail] if tail <= g < tail + order_h.size else -1
     first = _first_block(part, parts, order, runs, blocks, m_x, width)
     end = _first_block(part + 1, parts, order, runs, blocks, m_x, width)
     panel, strips = panel_scratch(h, m_x, width), strip_scratch(h)
@@ -512,7 +512,8 @@ def _add_late(part, parts, operand, into, rows, h, tape, order, d_w_h, d_b_h):
     run = (size + w - 1) // w * w
     blocks = run // w
     first, end = blocks * part // parts, blocks * (part + 1) // parts
-    places = np.array([-1, order[0]])
+    places = integers(2)
+    places[0], places[1] = -1, order[0]
     panel, strips = panel_scratch(h, 0, size), strip_scratch(h)
     accumulate(
         rows.size, at(rows, 0), at(rows, 0), at(tape, into * run), row, size, 1, at(places, 0),
@@ -564,7 +565,8 @@ def projection_gradients(part, parts, size, rows, d_r, tape, registers, d_w_r):
     w = width_of(d_r)
     blocks = (width + w - 1) // w
     first, end = blocks * part // parts, blocks * (part + 1) // parts
-    places, sums = np.array([-1, 0]), np.zeros(width, d_r.dtype)
+    places, sums = integers(2), np.zeros(width, d_r.dtype)
+    places[0], places[1] = -1, 0
     panel, strips = panel_scratch(d_r, 0, size), strip_scratch(d_r)
     accumulate(
         rows.size, at(rows, 0), at(rows, 0), at(d_r, 0), width, width, 1, at(places, 0), first, end,

@@ -70,7 +70,8 @@ class Saved:
 
         Hp: see recurrence. T*B is the sum of `lengths` if they are given, and each reset counts as
         a sequence more. With a projection P stands in place of H. With `recurrent_dropout` it is
-        B*(T+1)*H more, with layer_norm B*T*3. With `checkpoint_every`: the states in between.
+        B*(T+1)*H more, with layer_norm B*T*3. With `checkpoint_every`: the states in between, and
+        of the last layer this for the last steps.
         Beside them what comes into each layer is kept: x itself, or a copy in another order, and
         what dropout made.
         """
@@ -511,6 +512,7 @@ class Recurrent(Module):
                 self._noises(own),
                 merge=self.merge,
                 keep=training or look,
+                last=layer == self.num_layers - 1,
             )
             if look:
                 gates |= self._inside(layer, made, axes)

@@ -1,7 +1,8 @@
 """One layer over a whole sequence: its directions, joined, and its pieces, one after the other.
 
 Usually there is one piece, and what backward needs of it is kept. If there are more, only the
-states between them are kept, and backward runs each piece again before it goes back through it.
+states between them are kept, and backward runs each piece again before it goes back through it;
+but for the last of the last layer, which it begins with.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class Made:
 
     xs     of each piece
     noises of each side
-    begun  the states that each side had before each turn
-    kept   of the one piece, of each side; None if there are more
+    begun  the states that each side had before each turn, but for one that is kept
+    kept   of the last turn, of each side; None if it has to run again, too
     """
 
     xs: Rows
@@ -78,9 +79,8 @@ class Made:
 
     @property
     def nbytes(self) -> int:
-        if self.kept is not None:
-            return sum(side.nbytes for side in self.kept)
-        return sum(part.nbytes for turn in self.begun for side in turn for part in side)
+        states = sum(part.nbytes for turn in self.begun for side in turn for part in side)
+        return states + sum(side.nbytes for side in self.kept or ())
 
     def copy(self) -> Made:
         """With tapes of its own, which backward overwrites."""
@@ -116,8 +116,12 @@ def forward_layer(
     *,
     merge: str,
     keep: bool,
+    last: bool,
 ) -> tuple[Rows, list[Parts], Made]:
-    """(output of each piece, final states of each side, what backward needs)."""
+    """(output of each piece, final states of each side, what backward needs).
+
+    last  whether backward begins with this layer
+    """
     sides, whole = len(weights), len(pieces) == 1
     outputs: list[list[np.ndarray]] = [[] for _ in range(sides)]
     (rows, width), dtype = weights[0].h.shape, weights[0].h.dtype
@@ -134,19 +138,19 @@ def forward_layer(
         weights = _packed_once(weights)
         # The caller may go on with the arrays.
         states = [[part.copy() for part in side] for side in states]
-    for at in _turns(pieces, sides):
-        if keep and not whole:
+    turns = _turns(pieces, sides)
+    for turn, at in enumerate(turns):
+        kept_on = keep and (whole or (last and turn == len(turns) - 1))
+        if keep and not kept_on:
             begun.append(states)
         inputs = _inputs(pieces, xs, at)
         layouts = _layouts(pieces, at)
         hs = [one.parts[at[0]]] if sides == 1 else [None] * sides
-        done = forward(
-            cell, weights, layouts, inputs, table, states, hs, noises, keep=keep and whole
-        )
+        done = forward(cell, weights, layouts, inputs, table, states, hs, noises, keep=kept_on)
         states = [side.final(cell, size) for side in done]
         for output, side in zip(outputs, done, strict=True):
             output.append(side.output)
-        if keep and whole:
+        if kept_on:
             kept = done
         # Its memory is there for the next turn.
         del done, inputs, side
@@ -203,7 +207,7 @@ def backward_layer(
     norms  (sides, T*B) in float64, filled with the norms of the gradients of h
     """
     sides = len(weights)
-    if made.kept is None:
+    if len(pieces) > 1:
         weights = _packed_once(weights)
     d_xs = Rows([], None)
     if want_d_x:
@@ -212,7 +216,8 @@ def backward_layer(
     turns = _turns(pieces, sides)
     for turn in reversed(range(len(turns))):
         at = turns[turn]
-        kept = made.kept
+        # Its memory is there for the next turn.
+        kept, made.kept = made.kept, None
         if kept is None:
             inputs, layouts = _inputs(pieces, made.xs, at), _layouts(pieces, at)
             begun, nowhere = made.begun[turn], [None] * sides

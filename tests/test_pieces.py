@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import fastrnn
 from fastrnn.cells import CELLS
+from fastrnn.simd import padded
 
 T, B, I, H = 7, 4, 5, 19  # noqa: E741
 
@@ -131,9 +132,12 @@ def test_what_is_kept(rng):
     x = rng.standard_normal((100, B, I)).astype("f4")
     _, _, whole = layer.forward(x)
     _, _, pieces = layer.forward(x, checkpoint_every=10)
-    states = 10 * 2 * 2 * B * H * 4
-    assert pieces.nbytes == states
-    assert whole.nbytes > 20 * states
+    # Of the last layer the last piece, all that backward begins with, instead of its states.
+    states = (10 + 9) * 2 * B * H * 4
+    hidden = padded(H, np.float32)
+    last = B * (11 * H + 11 * hidden + 10 * 4 * hidden) * 4
+    assert pieces.nbytes == states + last
+    assert whole.nbytes == 2 * B * (101 * H + 101 * hidden + 100 * 4 * hidden) * 4
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, "x"])
