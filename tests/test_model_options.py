@@ -316,7 +316,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("cell", "options", "error", "message"), BAD, ids=str)
+@pytest.mark.parametrize(
+    ("cell", "options", "error", "message"), BAD, ids=[str(i) for i in range(len(BAD))]
+)
 def test_a_bad_option_is_named(cell, options, error, message):
     with pytest.raises(error) as caught:
         LanguageModel(V, H, cell=cell, **options)
