@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastrnn import crew
 from fastrnn.checks import as_choice, as_dtype
 from fastrnn.clip import clip_grad_norm_
 from fastrnn.generate import generate
@@ -28,8 +29,9 @@ def warmup(
     dtype   float32 or float64; a layer has its own
     models  also language models: tokens, Adam, sampling
 
-    Takes some ten seconds a cell on a cold cache, next to nothing on a warm one. In an image for a
-    server, or before many processes start at once, it moves that time to where it does not matter.
+    Takes ten to twenty seconds a cell on a cold cache, next to nothing on a warm one. In an image
+    for a server, or before many processes start at once, it moves that time to where it does not
+    matter.
     """
     dtype = as_dtype(dtype)
     try:
@@ -39,6 +41,7 @@ def warmup(
     for cell in chosen:
         if not isinstance(cell, Recurrent):
             as_choice("cells", cell, (*CELL_NAMES, "rnn_relu"))
+    crew.ready()
     for cell in chosen:
         if isinstance(cell, Recurrent):
             _use(cell)

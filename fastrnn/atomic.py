@@ -63,7 +63,7 @@ def rest(typingctx, looks):
         eager = builder.icmp_signed("<", args[0], ir.Constant(args[0].type, _EAGER))
         with builder.if_else(eager) as (soon, later):
             with soon:
-                pause(builder)
+                _pause(builder)
             with later:
                 kind = ir.FunctionType(ir.IntType(32), [])
                 builder.call(cgutils.get_or_insert_function(builder.module, kind, _YIELD), [])
@@ -72,7 +72,7 @@ def rest(typingctx, looks):
     return types.void(types.intp), codegen
 
 
-def pause(builder: ir.IRBuilder) -> None:
+def _pause(builder: ir.IRBuilder) -> None:
     """Some tens of cycles that leave the core to the other thread on it."""
     if machine().x86:
         kind = ir.FunctionType(ir.VoidType(), [])
@@ -82,10 +82,10 @@ def pause(builder: ir.IRBuilder) -> None:
 
 @intrinsic
 def moment(typingctx):
-    """`pause`."""
+    """Some tens of cycles, to be spent between two looks."""
 
     def codegen(context, builder, sig, args):
-        pause(builder)
+        _pause(builder)
         return context.get_dummy_value()
 
     return types.void(), codegen

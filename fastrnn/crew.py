@@ -5,8 +5,10 @@ hundred. So a thread that has done its part stays awake for a moment, without th
 for the next; a training step finds it there. Who calls a kernel gives it a *team* in place of its
 part, and `divided`, its first line, posts the parts:
 
-slot  of a thread, (SLOT,) int64: its STATE, whether it is AWAKE or to LEAVE, and its part
-team  of a call, int64: how many slots, what to set to 1 if a part fails, how one has failed, slots
+slot  of a thread, (SLOT,) int64: its STATE, whether it is AWAKE and whether it has been called,
+      whether it is to LEAVE, and its part
+team  of a call, int64: how many slots, what to set to 1 if a part fails, the status and the error
+      of the first that failed, slots
 
 The caller does the first part and those that nobody has begun, and waits for the others.
 """
@@ -28,9 +30,11 @@ from fastrnn.jit import helper, intrinsic, kernel
 SLOT = 16
 STATE, AWAKE, LEAVE, _WORK, _DATA, _PART, _PARTS = range(7)
 _FREE, _POSTED, _TAKEN, _DONE = range(4)
+# Of AWAKE: who is called does not go to sleep before it has had its part.
+_SLEEPS, _LOOKS, _CALLED = range(3)
 _COUNT, _DISMISS, _FAILED, _ERROR, _SLOTS = range(5)
-# Looks of a thread that is done before it goes to sleep: 0.5 to 1 millisecond, longer than what
-# Python does between two kernels of a step.
+# Looks of a thread before it goes to sleep: on x86, where a pause takes 10 to 50 nanoseconds, up to
+# a millisecond, longer than what Python does between two kernels of a step.
 _LINGER = 20000
 
 
@@ -86,7 +90,7 @@ def _call(typingctx, work, data, part, parts):
 
 @intrinsic
 def _here(typingctx):
-    """The processor that the thread runs on; -1 where threads cannot be kept off one."""
+    """See `processor`."""
     kind = ir.FunctionType(ir.IntType(32), [])
 
     def codegen(context, builder, sig, args):
@@ -101,28 +105,50 @@ def _here(typingctx):
 
 @kernel
 def processor():
-    """See `_here`."""
+    """The processor that the caller runs on; -1 where threads cannot be kept off one."""
     return _here()
+
+
+@kernel
+def call(slot):
+    """Have a thread that is awake wait for its part; whether it is."""
+    return swap(slot, AWAKE, _LOOKS, _CALLED) or look(slot, AWAKE) == _CALLED
 
 
 @kernel
 def serve(slot):
     """Do the parts that are posted, until there has been none for a moment."""
-    say(slot, AWAKE, 1)
+    swap(slot, AWAKE, _SLEEPS, _LOOKS)
     looks = 0
-    while look(slot, LEAVE) == 0:
+    while True:
         if look(slot, STATE) == _POSTED:
             if swap(slot, STATE, _POSTED, _TAKEN):
+                swap(slot, AWAKE, _CALLED, _LOOKS)
                 _call(look(slot, _WORK), look(slot, _DATA), look(slot, _PART), look(slot, _PARTS))
                 say(slot, STATE, _DONE)
             looks = 0
-        elif looks == _LINGER:
-            break
+        elif looks == _LINGER or look(slot, LEAVE) != 0:
+            if swap(slot, AWAKE, _LOOKS, _SLEEPS):
+                break
+            if looks == _LINGER:
+                # Called, and not yet given a part; once more.
+                swap(slot, AWAKE, _CALLED, _LOOKS)
+                looks = 0
+            moment()
+            looks += 1
         else:
             moment()
             looks += 1
     say(slot, LEAVE, 0)
-    say(slot, AWAKE, 0)
+
+
+def ready() -> None:
+    """Have what threads and callers need compiled."""
+    slot = new_slot()
+    slot[LEAVE] = 1
+    processor()
+    call(slot)
+    serve(slot)
 
 
 @helper

@@ -31,7 +31,7 @@ from fastrnn.simd import (
     store_n,
     width_of,
 )
-from fastrnn.tile import COLS, LINE, ROWS, STRIP, TOGETHER, tile, tile_of_strip
+from fastrnn.tile import COLS, LINE, PANELS, ROWS, STRIP, tile, tile_of_strip
 
 # Bytes of a register.
 WIDTH = machine().width
@@ -102,7 +102,7 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
         # Tiles of as many rows, some of one more.
         least = height // tiles
         higher = height - least * tiles
-        most = 1 if height > ROWS else min(TOGETHER, ROWS // height)
+        most = PANELS[min(height, ROWS)]
         left = 0
         while left < n:
             # As many whole panels as few rows take together.

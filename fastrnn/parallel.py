@@ -73,8 +73,8 @@ class _Task:
 class _Thread:
     """A thread that waits for tasks, or with a slot for parts of kernels.
 
-    A kernel of Linux may put who is woken behind who wakes it, on one processor, although others
-    are idle, and leave both there. So a thread stays off its caller's.
+    The scheduler may put who is woken behind who wakes it, on one processor, although others are
+    idle, and leave both there. So a thread stays off its caller's.
     """
 
     def __init__(self) -> None:
@@ -82,8 +82,10 @@ class _Thread:
         self.slot = crew.new_slot()
         self._thread = threading.Thread(target=self._work, name="fastrnn", daemon=True)
         self._off = -1
+        self._others: set[int] = set()
 
     def start(self) -> None:
+        crew.ready()
         self._thread.start()
 
     def _work(self) -> None:
@@ -92,34 +94,42 @@ class _Thread:
             if task is not None:
                 task.run()
                 del task
+            # Before it is asked whether it ends: who ends waits for those that are awake.
+            self.slot[crew.AWAKE] = 1
             if self.tasks.empty() and not _ending:
                 crew.serve(self.slot)
+            else:
+                self.slot[crew.AWAKE] = 0
 
     def put(self, task: _Task) -> None:
         """Have it run the task."""
-        self._stay_off(crew.processor())
+        self._stay_off(crew.processor(), asleep=True)
         self.tasks.put(task)
         self.leave()
 
     def wake(self) -> None:
         """Have it look at its slot."""
-        self._stay_off(crew.processor())
-        if not self.slot[crew.AWAKE]:
+        asleep = not crew.call(self.slot)
+        self._stay_off(crew.processor(), asleep)
+        if asleep:
             self.tasks.put(None)
 
     def leave(self) -> None:
         """Have it look at its tasks, if it is awake."""
-        self.slot[crew.LEAVE] = self.slot[crew.AWAKE]
+        self.slot[crew.LEAVE] = bool(self.slot[crew.AWAKE])
 
-    def _stay_off(self, processor: int) -> None:
-        if processor == self._off or self._thread.native_id is None:
+    def _stay_off(self, processor: int, asleep: bool) -> None:
+        """Keep it off a processor; what the caller may use is asked anew if it is asleep."""
+        if processor < 0 or (processor == self._off and not asleep):
             return
+        self._off = processor
         # Where there are no others, or the system does not let us: anywhere.
         with contextlib.suppress(OSError):
             others = os.sched_getaffinity(0) - {processor}
-            if others:
-                os.sched_setaffinity(self._thread.native_id, others)
-                self._off = processor
+            number = self._thread.native_id
+            if others and number and others != self._others:
+                os.sched_setaffinity(number, others)
+                self._others = others
 
 
 class _Pool:
@@ -129,6 +139,7 @@ class _Pool:
         # Reentrant: a signal handler may call the library from inside.
         self._lock = threading.RLock()
         self._free: dict[_Thread, None] = {}
+        self._all: list[_Thread] = []
         self._started = 0
 
     def take(self, taken: list[_Thread], limit: int) -> bool:
@@ -148,6 +159,7 @@ class _Pool:
                 # The system's limit, or an interpreter that is shutting down.
                 return False
             self._started += 1
+            self._all.append(thread)
             taken.append(thread)
             return True
 
@@ -156,13 +168,11 @@ class _Pool:
             self._free.update(dict.fromkeys(threads))
 
     def rest(self) -> None:
-        """Have all idle threads leave compiled code, whose memory goes with the interpreter."""
-        with self._lock:
-            idle = list(self._free)
-        for thread in idle:
+        """Have all threads leave compiled code, whose memory goes with the interpreter."""
+        for thread in self._all:
             thread.leave()
         end = time.monotonic() + 1
-        while any(thread.slot[crew.AWAKE] for thread in idle) and time.monotonic() < end:
+        while any(thread.slot[crew.AWAKE] for thread in self._all) and time.monotonic() < end:
             time.sleep(0.0001)
 
 

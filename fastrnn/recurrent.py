@@ -71,7 +71,7 @@ class Saved:
         Hp: see recurrence. T*B is the sum of `lengths` if they are given, and each reset counts as
         a sequence more. With a projection P stands in place of H. With `recurrent_dropout` it is
         B*(T+1)*H more, with layer_norm B*T*3. With `checkpoint_every`: the states in between, and
-        of the last layer this for the last steps.
+        of the last layer this for the last steps, whose h lies in the memory of the output.
         Beside them what comes into each layer is kept: x itself, or a copy in another order, and
         what dropout made.
         """

@@ -39,9 +39,8 @@ LINKS = 4
 LINE = 64
 
 
-def together_of(height: int) -> int:
-    """How many panels a tile of so many rows takes at the most."""
-    return max(1, min(TOGETHER, ROWS // height))
+# How many panels a tile of 0, 1, ... ROWS rows takes at the most.
+PANELS = (1, *(max(1, min(TOGETHER, ROWS // height)) for height in range(1, ROWS + 1)))
 
 
 def _tile(of_strip):
@@ -49,7 +48,7 @@ def _tile(of_strip):
 
     A[row, k] is at a[row*a_row + k], of a strip at a[k*STRIP*lanes + row]. `last` lanes of the last
     register of columns exist in init and C. Distances are in elements. More than COLS registers are
-    those of several panels, `p_step` apart; see `together_of`. If `fetch` is 1, not 0,
+    those of several panels, `p_step` apart; see PANELS. If `fetch` is 1, not 0,
     there are COLS registers of columns, and each link asks for a line from `ahead` on; else, with
     as many columns, the first turns of the loop ask for as many rows of C from `below` on.
     """
@@ -59,7 +58,7 @@ def _tile(of_strip):
         shapes += [
             (0, height, panels * COLS)
             for height in range(1, ROWS + 1)
-            for panels in range(2, together_of(height) + 1)
+            for panels in range(2, PANELS[height] + 1)
         ]
     widest = max(width for _, _, width in shapes)
 

@@ -183,7 +183,7 @@ def test_multiply_with_every_height_and_width_of_a_tile(dtype, rng):
 @pytest.mark.parametrize("m", range(1, gemm.ROWS + 1))
 def test_multiply_of_few_rows_takes_several_panels(dtype, m, rng):
     wide = gemm.COLS * lanes(dtype)
-    for panels_taken in range(1, 2 * gemm.TOGETHER + 2):
+    for panels_taken in range(1, 2 * max(gemm.PANELS) + 2):
         for over in (-1, 0, 1, lanes(dtype)):
             n, k = panels_taken * wide + over, gemm.DEPTH + 6 if panels_taken == 5 else 11
             a, b, start, got = check_multiply(dtype, m, n, k, rng)
