@@ -181,7 +181,7 @@ def _tile(of_strip):
                         write(builder, vec, value, target)
                     else:
                         rest.append((value, target))
-                # Some CPUs take twenty times as long for a store with a mask.
+                # Some CPUs are slow at a store with a mask.
                 with builder.if_else(whole) as (all_lanes, some):
                     with all_lanes:
                         for value, target in rest:
