@@ -27,7 +27,7 @@ from fastrnn import crew
 
 # Multiply-adds below which waking a thread costs more than it saves, and how many of them reading
 # and writing an element lasts.
-_SMALL = 6_000_000
+_SMALL = 3_000_000
 ELEMENT = 32
 
 

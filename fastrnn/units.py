@@ -16,7 +16,7 @@ from fastrnn.tile import COLS
 
 # Multiply-adds of a step from which threads share it, bytes of weights that do not stay in the
 # second-level cache, and sequences of a thread that make up for reading them.
-_SHARED = 1 << 17
+_SHARED = 1 << 15
 _LARGE = 1 << 20
 _FEW = 12
 
