@@ -11,6 +11,7 @@ from fastrnn.checks import (
     as_flags,
     as_floats,
     as_lengths,
+    as_places,
     as_tokens,
     check_shape,
     mask_lengths,
@@ -72,6 +73,13 @@ class Axes(NamedTuple):
     def resets(self, value: Any) -> np.ndarray | None:
         """(T, B) booleans."""
         return None if value is None else self.flags("resets", as_flags("resets", value))
+
+    def sequences(self, value: Any) -> np.ndarray | None:
+        """(B,) numbers of sequences."""
+        if value is None:
+            return None
+        array = as_array("sequences", value)
+        return as_places("sequences", array.reshape(-1) if self.unbatched else array, self.batch)
 
 
 def _names(first: bool, unbatched: bool, *rest: str) -> str:

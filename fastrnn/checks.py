@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+# Steps and sequences whose masks are drawn are below this.
+FAR = 2**31
+
 
 def as_dtype(dtype: Any, name: str = "dtype") -> np.dtype:
     """float32 or float64."""
@@ -30,6 +33,14 @@ def as_size(name: str, value: Any, least: int = 1) -> int:
     if size < least:
         raise ValueError(f"{name}: expected at least {least}, got {size}")
     return size
+
+
+def as_place(name: str, value: Any) -> int:
+    """An integer from 0, below `FAR`."""
+    place = as_size(name, value, 0)
+    if place >= FAR:
+        raise ValueError(f"{name}: expected an integer from 0 to {FAR - 1}, got {place}")
+    return place
 
 
 def as_seed(seed: Any) -> int | None:
@@ -143,6 +154,18 @@ def as_lengths(array: np.ndarray, steps: int, batch: int) -> np.ndarray:
         wrong = low if low < 0 else high
         raise ValueError(f"lengths: expected numbers from 0 to T = {steps}, got {wrong}")
     return array.astype(np.intp)
+
+
+def as_places(name: str, array: np.ndarray, batch: int) -> np.ndarray:
+    """(B,) integers from 0, below `FAR`."""
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got {array.dtype}")
+    check_shape(name, array, (batch,), "(B)")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= FAR:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name}: expected integers from 0 to {FAR - 1}, got {wrong}")
+    return array.astype(np.int64)
 
 
 def mask_lengths(mask: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from fastrnn.counter import LOCKED, STEP, WEIGHT, dropped, limit_of, random_bits
 from fastrnn.crew import divided
 from fastrnn.jit import kernel
-from fastrnn.layout import Layout, even
+from fastrnn.layout import Drawing, Layout, even
 from fastrnn.memory import empty
 from fastrnn.parallel import ELEMENT, parts_for, run
 
@@ -48,17 +48,20 @@ def dropout(
     layout: Layout | None = None,
     *,
     locked: bool = False,
+    drawing: Drawing | None = None,
 ) -> np.ndarray:
     """Fill y with x where the mask of `seed` keeps it, scaled by 1 / (1 - p), and with 0 elsewhere.
 
     x and y are C-contiguous (T, B, H), or (N, H) with the rows of a layout; they may be the same
-    array. `locked`: the mask of a sequence is the same at all steps. Returns y.
+    array. `locked`: the mask of a sequence is the same at all steps. `drawing`: whose masks these
+    are. Returns y.
     """
     rows = y
     if layout is None:
         layout = even(*x.shape[:2], 0)
         x, rows = (array.reshape(-1, array.shape[2]) for array in (x, y))
-    _drop(x, layout.source, layout.batch, LOCKED if locked else STEP, p, seed, rows)
+    places = (drawing or Drawing()).places(layout)
+    _drop(x, *places, LOCKED if locked else STEP, p, seed, rows)
     return y
 
 

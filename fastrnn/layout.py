@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -130,6 +131,31 @@ class Layout:
             array[self.begin : self.begin + self.count] = values
         else:
             rows.scatter(self.source, values, array)
+
+
+class Drawing(NamedTuple):
+    """What a step of a layout is to those who draw its masks.
+
+    first_step  steps of the same sequences before a call
+    sequences   (B,): who they are; None: 0 to B-1
+    """
+
+    first_step: int = 0
+    sequences: np.ndarray | None = None
+
+    def who(self, layout: Layout) -> np.ndarray:
+        """(C,): whose each column is."""
+        return layout.who if self.sequences is None else self.sequences[layout.who]
+
+    def places(self, layout: Layout) -> tuple[np.ndarray, int]:
+        """step * count + sequence of each row, (N,), and that count."""
+        if self.sequences is None and self.first_step == 0:
+            return layout.source, layout.batch
+        step, who = np.divmod(layout.source, layout.batch)
+        count = layout.batch
+        if self.sequences is not None:
+            who, count = self.sequences[who], int(self.sequences.max()) + 1
+        return (step + self.first_step) * count + who, count
 
 
 @functools.lru_cache(maxsize=32)

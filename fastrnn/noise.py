@@ -18,18 +18,19 @@ from fastrnn.counter import LOCKED, ZONE, dropped, limit_of, random_bits
 from fastrnn.crew import divided
 from fastrnn.gemm import multiply, scratch
 from fastrnn.jit import helper, kernel
-from fastrnn.layout import Layout
+from fastrnn.layout import Drawing, Layout
 from fastrnn.memory import empty
 from fastrnn.parallel import ELEMENT, parts_for, run
 from fastrnn.simd import at, fma, load, load_n, padded, store, store_n, width_of
 
 
 class Noise(NamedTuple):
-    """Probabilities, and the seed that draws (None: nothing is drawn)."""
+    """Probabilities, the seed that draws (None: nothing is drawn), and for whom."""
 
     recurrent: float
     zoneout: float
     seed: int | None
+    drawing: Drawing
 
 
 class Drawn(NamedTuple):
@@ -37,7 +38,7 @@ class Drawn(NamedTuple):
 
     fed     (C + N, H): h as products see it; without a mask h itself
     mask    (C, Hp), or (0, Hp): none
-    source  (N,): step * batch + sequence, of each row
+    source  (N,): step * batch + sequence, of each row, as a `Drawing` numbers them
     limit   zoneout's probability as `counter.limit_of`; 0: nothing is drawn
     fresh   how much of the new h counts then
     """
@@ -70,24 +71,24 @@ def draw(noise: Noise | None, layout: Layout, h: np.ndarray) -> Drawn | None:
     if noise is None:
         return None
     size, dtype = h.shape[1], h.dtype
-    drawing = noise.seed is not None
+    draws = noise.seed is not None
     seed = np.uint64((noise.seed or 0) % 2**64)
     fed, mask = h, np.empty((0, padded(size, dtype)), dtype)
-    if drawing and noise.recurrent:
+    if draws and noise.recurrent:
         fed = empty(h.shape, dtype)
         mask = empty((layout.columns, padded(size, dtype)), dtype)
         scale = dtype.type(1 / (1 - noise.recurrent))
         parts = parts_for(mask.size * ELEMENT, len(mask))
         arguments = seed, limit_of(noise.recurrent), scale, size
-        run(_masks, parts, layout.who, *arguments, mask)
+        run(_masks, parts, noise.drawing.who(layout), *arguments, mask)
         # A state that is not finite stays so without a word.
         with np.errstate(all="ignore"):
             np.multiply(h[: layout.columns], mask[:, :size], out=fed[: layout.columns])
     elif not noise.zoneout:
         return None
-    limit = limit_of(noise.zoneout if drawing else 0)
-    fresh = (None if drawing else expected(noise.zoneout, dtype)) or dtype.type(1)
-    return Drawn(fed, mask, layout.source, layout.batch, seed, limit, fresh)
+    limit = limit_of(noise.zoneout if draws else 0)
+    fresh = (None if draws else expected(noise.zoneout, dtype)) or dtype.type(1)
+    return Drawn(fed, mask, *noise.drawing.places(layout), seed, limit, fresh)
 
 
 def expected(zoneout: float, dtype: np.dtype) -> np.floating | None:

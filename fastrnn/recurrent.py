@@ -4,8 +4,8 @@ Layers keep no memory between calls (but for `Frozen`): what backward needs is i
 forward returns. `backward` adds to `grads` if they are given; pieces of a sequence, last piece
 first, then give the same bits as the whole. (With `vectors`, the gradients of vectors and weight_ih
 of each call are summed up by token first, with `weight_dropout` those of weight_hh apart: there,
-pieces agree with the whole to rounding. Masks go by the step in a call and the place in the batch:
-with those that differ from step to step, pieces in calls of their own are another draw.)
+pieces agree with the whole to rounding. Masks go by the step in a call and the place in the batch, or by
+`first_step` and `sequences`.)
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import numpy as np
 from fastrnn.axes import Axes, read_input
 from fastrnn.budget import Work, piece_within, step_numbers
 from fastrnn.cells import Cell
-from fastrnn.checks import as_choice, as_dtype, as_floats, as_number, as_seed, as_size
+from fastrnn.checks import as_choice, as_dtype, as_floats, as_number, as_place, as_seed, as_size
 from fastrnn.counter import stream
 from fastrnn.dropout import drop_weights, dropout
 from fastrnn.frozen import Frozen
 from fastrnn.init import INITS, initial
-from fastrnn.layout import Layout, cut, even
+from fastrnn.layout import Drawing, Layout, cut, even
 from fastrnn.memory import empty, zeros
 from fastrnn.module import Module, Params, new_grads
 from fastrnn.noise import Noise
@@ -52,6 +52,7 @@ class Saved:
         pieces: list[Layout],
         table: np.ndarray | None,
         seeds: range,
+        drawing: Drawing,
         axes: Axes,
         learned: bool,
     ) -> None:
@@ -61,6 +62,7 @@ class Saved:
         # A view, since backward relies on the shape.
         self.table = None if table is None else table.view()
         self.seeds = seeds
+        self.drawing = drawing
         self.axes = axes
         self.learned = learned
 
@@ -119,9 +121,9 @@ class Recurrent(Module):
     zoneout            of units of h that stay as they are, each step others (Krueger et al. 2017,
                        arXiv:1606.01305); without training h moves by what is expected
 
-    Masks are functions of the seed, the layer (which adds its number to the seed), the step in a
-    call and the place in the batch; they are not stored, but for recurrent dropout's (B, H), beside
-    which h as products saw it is kept.
+    Masks are functions of the seed, the layer (which adds its number to the seed), the step and the
+    sequence: by default the step in a call and the place in the batch, see `forward`. They are not
+    stored, but for recurrent dropout's (B, H), beside which h as products saw it is kept.
 
     proj_size       P, for cells with a projection: see `LSTM`
     """
@@ -335,13 +337,16 @@ class Recurrent(Module):
         rows = [value.reshape(-1, self.hidden_size) for value in vectors if value is not None]
         return Weights(x, h, b_x, b_h, rows or None, arrays.get(f"weight_hr{end}"))  # type: ignore
 
-    def _noises(self, seed: int | None) -> list[Noise | None]:
+    def _noises(self, seed: int | None, drawing: Drawing) -> list[Noise | None]:
         """What acts on the states of a layer's directions; seed None: not in training."""
         if not (self.zoneout or (self.recurrent_dropout and seed is not None)):
             return [None] * len(self._ends)
         return [
             Noise(
-                self.recurrent_dropout, self.zoneout, None if seed is None else stream(seed, side)
+                self.recurrent_dropout,
+                self.zoneout,
+                None if seed is None else stream(seed, side),
+                drawing,
             )
             for side in range(len(self._ends))
         ]
@@ -396,6 +401,8 @@ class Recurrent(Module):
         resets: Any = None,
         vectors: Any = None,
         seed: int | None = None,
+        first_step: int = 0,
+        sequences: Any = None,
         checkpoint_every: int | None = None,
         budget_mb: float | None = None,
         return_gates: bool = False,
@@ -418,6 +425,10 @@ class Recurrent(Module):
                 made: V products instead of T*B. The same bits as with vectors[x]; d_x is then the
                 gradient of vectors, which like that of weight_ih is summed up by token first
         seed    of all that is drawn; drawn by the layer if it is not given
+        first_step, sequences   whose masks are drawn: how many steps of the same sequences earlier
+                calls took, and the number of each sequence, (B,) integers from 0 (0 to B-1 by
+                default). With a seed, a sequence is then drawn alike in any batch and at any place
+                in it, and in pieces, a call each, as in one call
         checkpoint_every   keep what comes into each layer and the states of every so many steps,
                 and no tape: backward takes pieces of that length forward again. Less memory (see
                 `training_bytes`), 0.2 to 0.6 more time (docs/decisions/0010, 0011); same bits
@@ -448,6 +459,8 @@ class Recurrent(Module):
             vectors,
             training=True,
             seed=seed,
+            first_step=first_step,
+            sequences=sequences,
             every=every,
             budget_mb=budget_mb,
             look=bool(return_gates),
@@ -464,6 +477,8 @@ class Recurrent(Module):
         *,
         training: bool,
         seed: int | None,
+        first_step: int = 0,
+        sequences: Any = None,
         every: int | None = None,
         budget_mb: float | None = None,
         look: bool = False,
@@ -484,6 +499,7 @@ class Recurrent(Module):
         rows = x.reshape(axes.steps * axes.batch, *x.shape[2:])
         xs = Rows([piece.gather(rows) for piece in pieces], None)
         states = self._initial(state, axes)
+        drawing = Drawing(as_place("first_step", first_step), axes.sequences(sequences))
         seed = as_seed(seed)
         if training and seed is None and self._draws:
             seed = int(self._seeds.integers(2**63))
@@ -494,14 +510,14 @@ class Recurrent(Module):
                     "x: expected features beside input_dropout, got tokens; give their vectors, "
                     "embedding(x)"
                 )
-            xs = self._dropped(xs, pieces, seeds[0], self.input_dropout, self.input_size)
+            xs = self._dropped(xs, pieces, seeds[0], drawing, self.input_dropout)
         saved: list[Made] = []
         finals: list[Parts] = []
         gates: dict[str, np.ndarray] = {}
         for layer in range(self.num_layers):
             own = seeds[layer] if training else None
             if layer and training and self.dropout:
-                xs = self._dropped(xs, pieces, seeds[layer], self.dropout, self.output_size)
+                xs = self._dropped(xs, pieces, seeds[layer], drawing, self.dropout)
             xs, last, made = forward_layer(
                 self.cell,
                 self._weights(layer, self.params, own),
@@ -509,7 +525,7 @@ class Recurrent(Module):
                 xs,
                 vectors if layer == 0 else None,
                 self._states(layer, states),
-                self._noises(own),
+                self._noises(own, drawing),
                 merge=self.merge,
                 keep=training or look,
                 last=layer == self.num_layers - 1,
@@ -523,7 +539,8 @@ class Recurrent(Module):
         result = None
         if training:
             learned = self.learned_state and state is None
-            result = Saved(self._kind(), saved, pieces, vectors, seeds, axes, learned)
+            kind = self._kind()
+            result = Saved(kind, saved, pieces, vectors, seeds, drawing, axes, learned)
         output = _outside(pieces, xs, axes.steps)
         output = axes.outward(output.reshape(axes.steps, axes.batch, self.output_size))
         # Backward reads the same memory.
@@ -537,11 +554,13 @@ class Recurrent(Module):
         others = self.input_dropout, self.recurrent_dropout, self.weight_dropout, self.zoneout
         return any((between, *others))
 
-    def _dropped(self, xs: Rows, pieces: list[Layout], seed: int, p: float, width: int) -> Rows:
+    def _dropped(
+        self, xs: Rows, pieces: list[Layout], seed: int, drawing: Drawing, p: float
+    ) -> Rows:
         """What dropout lets through."""
-        dropped = rows_for(pieces, width, self.dtype)
+        dropped = rows_for(pieces, xs.parts[0].shape[1], self.dtype)
         for x, y, piece in zip(xs.parts, dropped.parts, pieces, strict=True):
-            dropout(x, p, seed, y, piece, locked=self.locked_dropout)
+            dropout(x, p, seed, y, piece, locked=self.locked_dropout, drawing=drawing)
         return dropped
 
     def _inside(self, layer: int, made: Made, axes: Axes) -> dict[str, np.ndarray]:
@@ -688,7 +707,8 @@ class Recurrent(Module):
             p = self.dropout if layer else self.input_dropout
             if p and d_ys.parts:
                 for d_x, piece in zip(d_ys.parts, pieces, strict=True):
-                    dropout(d_x, p, seed, d_x, piece, locked=self.locked_dropout)
+                    locked, drawing = self.locked_dropout, saved.drawing
+                    dropout(d_x, p, seed, d_x, piece, locked=locked, drawing=drawing)
         if saved.learned:
             self._add_to_learned(d_initial, grads)
         d_first: np.ndarray | None = d_table if need_d_x else None

@@ -273,9 +273,10 @@ def wide(array):
 class Drawn:
     """What a layer draws in training with a seed, from the NumPy reference of the masks."""
 
-    def __init__(self, rnn, steps, batch, seed):
+    def __init__(self, rnn, steps, batch, seed, first_step=0, sequences=None):
         self.rnn, self.seed = rnn, seed
-        self.steps, self.batch = np.arange(steps), np.arange(batch)
+        self.steps = np.arange(first_step, first_step + steps)
+        self.batch = np.arange(batch) if sequences is None else sequences
 
     def inputs(self, layer, width):
         """Of what comes into a layer: (T, B, width) or (B, width)."""
@@ -310,15 +311,16 @@ class Drawn:
         return masks.weight_mask(own, *shape, self.rnn.weight_dropout)
 
 
-def expected(problem, *, d_output=True, d_state=True, seed=None):
+def expected(problem, *, d_output=True, d_state=True, seed=None, **whose):
     """Every array of forward and backward by the reference, layer after layer, in float64.
 
-    seed  of what is drawn in training; None: nothing is
+    seed   of what is drawn in training; None: nothing is
+    whose  first_step and sequences, as forward takes them
     """
     reference, options = reference_of(problem.cell)
     x, saved, weights = wide(problem.x), [], []
     finals = []
-    drawn = Drawn(problem.rnn, *x.shape[:2], seed)
+    drawn = Drawn(problem.rnn, *x.shape[:2], seed, **whose)
     for layer in range(problem.rnn.num_layers):
         state = tuple(wide(s[layer]) for s in problem.state)
         params = layer_params(problem.rnn, layer)

@@ -131,6 +131,95 @@ def test_sequences_alone(cell, kind):
         same_results(found, grads)
 
 
+def _of(array, order):
+    return np.ascontiguousarray(array[:, order])
+
+
+@each_kind
+@pytest.mark.parametrize("uneven", [False, True])
+def test_sequences_have_their_masks_in_any_batch(cell, kind, uneven):
+    problem = noisy(cell, kind)
+    own = np.array([7, 0, 3, 2**31 - 1, 12])
+    rng = np.random.default_rng(1)
+    lengths = np.array([6, 2, 5, 0, 3]) if uneven else np.full(5, 6)
+    resets = (rng.random(SHAPE[:2]) < 0.2) & uneven
+
+    def run(order, **given):
+        given |= {"lengths": lengths[order], "resets": resets[:, order], "seed": 3}
+        return computed(problem.piece(columns=order), given=given)
+
+    whole = run(np.arange(5), sequences=own)
+    for order in ([4, 2, 0, 3, 1], [3, 1], [2]):
+        some = run(order, sequences=own[order])
+        for key, value in whole.items():
+            if key not in problem.rnn.params:
+                same(some[key], _of(value, order), key)
+    if any(name not in ("weight_dropout",) for name in KINDS[kind]):
+        assert (run(np.arange(5))["output"] != whole["output"]).any(), "whose masks does not matter"
+
+
+@each_kind
+def test_pieces_in_calls_of_their_own(cell, kind):
+    problem = noisy(cell, kind)
+    rnn, ends = problem.rnn, (0, 1, 4, SHAPE[0])
+    for own in (None, np.array([4, 1, 9, 0, 2])):
+        want = computed(problem, given={"seed": 3, "sequences": own})
+        state, calls, outputs = as_state(problem.state), [], []
+        for begin, end in zip(ends, ends[1:], strict=False):
+            given = {"seed": 3, "first_step": begin, "sequences": own}
+            output, state, saved = rnn.forward(problem.x[begin:end], state, **given)
+            outputs.append(output.copy())
+            calls.append((saved, problem.d_output[begin:end]))
+        same(np.concatenate(outputs), want["output"], "output")
+        d_state, grads, d_xs = as_state(problem.d_state), None, []
+        for saved, d_output in reversed(calls):
+            d_x, d_state, grads = rnn.backward(saved, d_output, d_state, grads)
+            d_xs.insert(0, d_x)
+        same(np.concatenate(d_xs), want["d x"], "d x")
+        for name, value in zip(problem.names, as_parts(d_state), strict=True):
+            same(value, want[f"d initial {name}"], name)
+        for key, value in grads.items():
+            # Those of weights that are dropped are summed up apart in each call.
+            if rnn.weight_dropout and key.startswith("weight_hh"):
+                agree(value, want[key], problem.dtype, problem.terms, key)
+            else:
+                same(value, want[key], key)
+
+
+def test_steps_and_sequences_are_those_of_the_reference():
+    problem = noisy("lstm", "all")
+    own = np.array([4, 1, 9, 0, 2])
+    got = computed(problem, given={"seed": 5, "first_step": 11, "sequences": own})
+    compare(problem, got, expected(problem, seed=5, first_step=11, sequences=own))
+
+
+def test_one_sequence_may_be_given_as_a_number():
+    layer = fastrnn.GRU(3, 4, zoneout=0.5, seed=0)
+    x = np.random.default_rng(0).standard_normal((6, 1, 3), dtype=np.float32)
+    want = layer.forward(x, seed=1, sequences=[5])[0]
+    same(layer.forward(x[:, 0], seed=1, sequences=5)[0], np.ascontiguousarray(want[:, 0]))
+    assert (layer.forward(x, seed=1)[0] != want).any()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"first_step": -1}, ValueError, "first_step: expected at least 0, got -1"),
+        ({"first_step": 2**31}, ValueError, "first_step: expected an integer from 0 to"),
+        ({"first_step": 1.5}, TypeError, "first_step: expected an integer"),
+        ({"sequences": [0]}, ValueError, r"sequences: expected shape \(B\) = \(2\)"),
+        ({"sequences": [0, -1]}, ValueError, "sequences: expected integers from 0 to .*, got -1"),
+        ({"sequences": [0, 2**31]}, ValueError, "sequences: expected integers from 0 to"),
+        ({"sequences": [0.0, 1.0]}, TypeError, "sequences: expected integers, got float64"),
+    ],
+    ids=str,
+)
+def test_bad_steps_and_sequences_are_named(given, error, message):
+    layer = fastrnn.GRU(3, 4, zoneout=0.5)
+    with pytest.raises(error, match=message):
+        layer.forward(np.zeros((5, 2, 3), np.float32), **given)
+
+
 @each_cell
 def test_a_reset_keeps_the_masks_of_its_sequence(cell, rng):
     problem = noisy(cell, "both")
