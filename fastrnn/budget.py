@@ -19,6 +19,8 @@ from fastrnn.simd import padded
 
 # Numbers of a chunk of the tape where it is not kept, about.
 _CHUNK = 1 << 16
+# Numbers of 8 bytes that a row of a layout has where sequences are uneven, about.
+_INDICES = 6
 
 
 class Work(NamedTuple):
@@ -31,7 +33,10 @@ class Work(NamedTuple):
     thinned whether some of weight_hh are dropped
     tokens  whether x are tokens
     params  numbers in all parameters
-    piece   steps between checkpoints, or all
+    places  steps times sequences, of the caller's arrays
+    pieces  (rows, columns) of each layout
+    plain   whether these rows are the caller's
+    flow    whether backward returns it
     """
 
     cell: Cell
@@ -46,9 +51,11 @@ class Work(NamedTuple):
     tokens: bool
     params: int
     dtype: np.dtype
-    steps: int
     batch: int
-    piece: int
+    places: int
+    pieces: list[tuple[int, int]]
+    plain: bool
+    flow: bool
 
 
 class _Memory:
@@ -97,11 +104,8 @@ class _Step:
         self.hidden = padded(work.size, work.dtype)
         self.row = self.cell.tape * self.hidden
         self.memory = _Memory(np.dtype(work.dtype).itemsize)
-        self.count = work.steps * work.batch
-        self.pieces = [
-            min(work.piece, work.steps - begin) * work.batch
-            for begin in range(0, work.steps, work.piece)
-        ]
+        self.count = sum(rows for rows, _ in work.pieces)
+        self.pieces = work.pieces
         self.whole = len(self.pieces) == 1
 
     def packed(self, width: int) -> list[int]:
@@ -118,14 +122,14 @@ class _Step:
         work = self.work
         return [self.cell.gates * work.size * work.width] * (self.sides * work.thinned)
 
-    def states(self, piece: int) -> int:
-        return (piece + self.work.batch) * self.work.width
+    def states(self, rows: int, columns: int) -> int:
+        return (rows + columns) * self.work.width
 
-    def run(self, piece: int) -> list[int]:
+    def run(self, rows: int, columns: int) -> list[int]:
         """Carry, tape and what products see of both sides."""
-        carry = (piece + self.work.batch) * self.cell.carries * self.hidden
-        masked = self.states(piece) * self.work.masked
-        return [n for n in (carry, piece * self.row, masked) if n] * self.sides
+        carry = (rows + columns) * self.cell.carries * self.hidden
+        masked = self.states(rows, columns) * self.work.masked
+        return [n for n in (carry, rows * self.row, masked) if n] * self.sides
 
     def forward(self, width: int, last: bool) -> tuple[list[int], list[int], list[int]]:
         """A layer: (what it holds until its backward, until the first turn of it, its output).
@@ -133,22 +137,26 @@ class _Step:
         last  whether it is the last layer
         """
         memory, work, sides = self.memory, self.work, self.sides
-        output = memory.take(self.states(self.count)) if sides == 1 else []
+        output: list[int] = []
+        if sides == 1 and work.plain:
+            output = memory.take(self.states(self.count, work.batch))
+        elif sides == 1:
+            output = memory.take(*[self.states(*piece) for piece in self.pieces])
         thinned = memory.take(*self.thinned)
         packed = memory.take(*self.packed(width))
         held: list[int] = []
         kept: list[int] = []
         own: list[int] = []
-        for turn, piece in enumerate(self.pieces):
-            turned = memory.take(piece * width) if sides > 1 else []
-            mine = memory.take(*[self.states(piece)] * sides) if sides > 1 else []
+        for turn, (rows, columns) in enumerate(self.pieces):
+            turned = memory.take(rows * width) if sides > 1 else []
+            mine = memory.take(*[self.states(rows, columns)] * sides) if sides > 1 else []
             if self.whole:
-                held += turned + mine + memory.take(*self.run(piece))
+                held += turned + mine + memory.take(*self.run(rows, columns))
             elif last and turn == len(self.pieces) - 1:
-                kept = turned + mine + memory.take(*self.run(piece))
+                kept = turned + mine + memory.take(*self.run(rows, columns))
             else:
                 own += mine
-                chunk = min(piece, max(_CHUNK // self.row, HEIGHT)) * self.row
+                chunk = min(rows, max(_CHUNK // self.row, HEIGHT)) * self.row
                 memory.give(memory.take(*[chunk] * sides))
                 memory.give(turned)
                 state = work.width + self.cell.carries * work.size
@@ -170,27 +178,27 @@ class _Step:
         packed = [] if self.whole else memory.take(*self.packed(width))
         # Beside the weights their gradients, summed up apart and then once more.
         packed += memory.take(*self.thinned * 3)
-        for piece in reversed(self.pieces):
+        for rows, columns in reversed(self.pieces):
             again, turned = [], []
             if kept:
                 again, kept = kept, []
             elif not self.whole:
-                again = memory.take(*self.run(piece), *[self.states(piece)] * sides)
-                turned = memory.take(piece * width) if sides > 1 else []
-            turned += memory.take(piece * work.width, piece * work.width) if sides > 1 else []
-            projected = []
-            if self.cell.projected:
-                projected = memory.take(*[piece * work.width] * sides)
+                again = memory.take(*self.run(rows, columns), *[self.states(rows, columns)] * sides)
+                turned = memory.take(rows * width) if sides > 1 else []
+            turned += memory.take(rows * work.width, rows * work.width) if sides > 1 else []
+            apart = self.cell.projected + work.flow
+            projected = memory.take(*[rows * work.width] * (sides * apart))
             for order in (self.cell.order_h, self.cell.order_late):
                 back = len(order) * self.hidden * padded(work.width, work.dtype)
                 memory.give(memory.take(*[back] * (sides if back else 0)))
             # Each side keeps its own until the end.
             back = self.cell.gates * self.hidden * padded(width, work.dtype)
             last = memory.take(*[0 if tokens else back] * sides)
+            state = (work.width + self.cell.carries * self.hidden) * columns * sides
             scratch = self.threads * scratch_size(width, work.width, work.dtype)
             if sides > 1 and not tokens:
-                last += memory.take(piece * width)
-            memory.free(memory.make(scratch))
+                last += memory.take(rows * width)
+            memory.free(memory.make(scratch + state))
             memory.give(again + last + projected + turned)
         memory.give(packed)
         return d_x
@@ -199,9 +207,14 @@ class _Step:
 def step_numbers(work: Work, threads: int) -> int:
     """Numbers that forward and backward take at most, beside x, d_output and the parameters."""
     step = _Step(work, threads)
-    memory = step.memory
+    memory, itemsize = step.memory, np.dtype(work.dtype).itemsize
     layers: list[tuple[list[int], list[int]]] = []
     below: list[int] = []
+    if not work.plain:
+        # Which rows are whose, about.
+        memory.make(_INDICES * step.sides * step.count * 8 // itemsize)
+    if not work.plain and not work.tokens:
+        below = memory.take(*[rows * work.widths[0] for rows, _ in work.pieces])
     for layer, width in enumerate(work.widths):
         if work.dropout[layer > 0]:
             dropped = memory.take(step.count * width)
@@ -215,26 +228,32 @@ def step_numbers(work: Work, threads: int) -> int:
         layers.append((held + below, kept))
         below = output
     # What comes out of the last layer is held, too.
+    if not work.plain:
+        memory.take(work.places * work.output)
     memory.take(work.params)
+    if work.flow:
+        memory.make(len(work.widths) * step.sides * work.places * 8 // itemsize)
     above: list[int] = []
     for width in reversed(work.widths):
         held, kept = layers.pop()
         d_x = step.backward(width, work.tokens and not layers, kept)
         memory.give(above + held)
         above = d_x
+    if not work.plain and not work.tokens:
+        memory.take(work.places * work.widths[0])
     return memory.most
 
 
 def piece_within(
-    budget_mb: float, steps: int, batch: int, bytes_of: Callable[..., int]
+    budget_mb: float, steps: int, batch: int, bytes_of: Callable[[int], int]
 ) -> int | None:
     """Steps of pieces, halves of halves of all, whose training stays within a budget; None: all.
 
-    bytes_of  `Recurrent.training_bytes`
+    bytes_of  what it takes with pieces of so many steps
     """
     every, least = steps, None
     while True:
-        found = bytes_of(steps, batch, checkpoint_every=every)
+        found = bytes_of(every)
         if found <= budget_mb * 1e6:
             return None if every == steps else every
         least = found if least is None else min(least, found)

@@ -4,14 +4,13 @@ Layers keep no memory between calls (but for `Frozen`): what backward needs is i
 forward returns. `backward` adds to `grads` if they are given; pieces of a sequence, last piece
 first, then give the same bits as the whole. (With `vectors`, the gradients of vectors and weight_ih
 of each call are summed up by token first, with `weight_dropout` those of weight_hh apart: there,
-pieces agree with the whole to rounding. Masks go by the step in a call and the place in the batch, or by
-`first_step` and `sequences`.)
+pieces agree with the whole to rounding. Masks go by the step in a call and the place in the
+batch, or by `first_step` and `sequences`.)
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import itertools
 from collections.abc import Mapping
@@ -34,7 +33,7 @@ from fastrnn.noise import Noise
 from fastrnn.parallel import get_num_threads
 from fastrnn.rows import clear
 from fastrnn.single import Sums, Weights
-from fastrnn.stack import Made, Parts, Rows, backward_layer, forward_layer, rows_for
+from fastrnn.stack import Made, Parts, Rows, backward_layer, forward_layer, in_order, rows_for
 from fastrnn.stepper import Stepper
 
 State = Any  # h (layers, B, H), or with further states a tuple, for the LSTM (h, c)
@@ -431,9 +430,10 @@ class Recurrent(Module):
                 in it, and in pieces, a call each, as in one call
         checkpoint_every   keep what comes into each layer and the states of every so many steps,
                 and no tape: backward takes pieces of that length forward again. Less memory (see
-                `training_bytes`), 0.2 to 0.6 more time (docs/decisions/0010, 0011); same bits
+                `training_bytes`), 0.3 to 0.5 more time (docs/decisions/0010, 0011); same bits
         budget_mb      the same with the longest pieces, of halves of halves of all steps, for which
-                `training_bytes` stays within so many millions of bytes
+                `training_bytes` stays within so many millions of bytes (`return_flow` of backward
+                is not counted)
         return_gates   see `__call__`; not with pieces
         Returns output (T, B, output_size), the final state, what `backward` needs, and the gates if
         they are wanted. The output is read-only, x and vectors must not change until then: backward
@@ -493,8 +493,12 @@ class Recurrent(Module):
             # Backward writes where the tokens say: they must still be the ones that were checked.
             x = x.copy()
         if budget_mb is not None:
-            bytes_of = functools.partial(self.training_bytes, tokens=tokens)
-            every = piece_within(budget_mb, axes.steps, axes.batch, bytes_of)
+            every = piece_within(
+                budget_mb,
+                axes.steps,
+                axes.batch,
+                lambda every: self._bytes(axes, _pieces(axes, lengths, resets, every), tokens),
+            )
         pieces = _pieces(axes, lengths, resets, every)
         rows = x.reshape(axes.steps * axes.batch, *x.shape[2:])
         xs = Rows([piece.gather(rows) for piece in pieces], None)
@@ -576,23 +580,37 @@ class Recurrent(Module):
         return found
 
     def training_bytes(
-        self, steps: int, batch: int, *, checkpoint_every: int | None = None, tokens: bool = False
+        self,
+        steps: int,
+        batch: int,
+        *,
+        checkpoint_every: int | None = None,
+        tokens: bool = False,
+        lengths: Any = None,
+        resets: Any = None,
+        return_flow: bool = False,
     ) -> int:
         """Bytes that `forward` and `backward` take, about, for features of (steps, batch, I).
 
-        Or, with `tokens`, for tokens. Steps behind the end of a sequence are counted, too.
+        Or, with `tokens`, for tokens. Other arguments are those of `forward` and `backward`.
 
-        To a few per cent where there are many steps, with `checkpoint_every` to a tenth: arrays of
-        the size of a state are not counted.
+        To a few per cent where there are many steps, with `checkpoint_every` to a tenth, with
+        `lengths`, too, up to a fifth too much: arrays of the size of a state are not all counted.
 
         Beside x, d_output and `params`: what the layers save (see `Saved.nbytes`), what goes from
         one to the next, the gradients of all parameters, packed weights, and what the process
         keeps for the next step.
         """
         steps, batch = as_size("steps", steps), as_size("batch", batch)
-        every = steps
+        every = None
         if checkpoint_every is not None:
-            every = min(steps, as_size("checkpoint_every", checkpoint_every))
+            every = as_size("checkpoint_every", checkpoint_every)
+        axes = Axes(steps, batch, self.batch_first, False)
+        pieces = _pieces(axes, lengths, resets, every)
+        return self._bytes(axes, pieces, bool(tokens), flow=bool(return_flow))
+
+    def _bytes(self, axes: Axes, pieces: list[Layout], tokens: bool, *, flow: bool = False) -> int:
+        """See `training_bytes`."""
         work = Work(
             self.cell,
             self.hidden_size,
@@ -603,12 +621,14 @@ class Recurrent(Module):
             (self.input_dropout > 0, self.dropout > 0),
             self.recurrent_dropout > 0,
             self.weight_dropout > 0,
-            bool(tokens),
+            tokens,
             sum(value.size for value in self.params.values()),
             self.dtype,
-            steps,
-            batch,
-            every,
+            axes.batch,
+            axes.steps * axes.batch,
+            [(piece.count, piece.columns) for piece in pieces],
+            in_order(pieces),
+            flow,
         )
         return self.dtype.itemsize * step_numbers(work, get_num_threads())
 

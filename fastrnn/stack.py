@@ -35,6 +35,18 @@ class Rows(NamedTuple):
     outside: bool = False
 
 
+def in_order(pieces: list[Layout]) -> bool:
+    """Whether their rows, one piece after the other, are the caller's in the caller's order."""
+    if len(pieces) == 1:
+        return pieces[0].plain
+    starts = itertools.accumulate((piece.count for piece in pieces), initial=0)
+    # The last start is the end.
+    return all(
+        piece.plain and piece.begin == start and piece.columns == piece.batch
+        for piece, start in zip(pieces, starts, strict=False)
+    )
+
+
 def rows_for(pieces: list[Layout], width: int, dtype: Any, *, states: bool = False) -> Rows:
     """Memory; with `states` a row more for each column in front of those of a piece.
 
@@ -47,12 +59,9 @@ def rows_for(pieces: list[Layout], width: int, dtype: Any, *, states: bool = Fal
         rows = empty((before + only.count, width), dtype)
         return Rows([rows], rows[before:] if only.plain else None)
     ends = list(itertools.accumulate(piece.count for piece in pieces))
-    starts = [0, *ends[:-1]]
-    places = zip(pieces, starts, strict=True)
     anew = states and any(piece.fresh is not None for piece in pieces)
-    if not anew and all(
-        p.plain and p.begin == start and p.columns == p.batch for p, start in places
-    ):
+    if in_order(pieces) and not anew:
+        starts = [0, *ends[:-1]]
         before = pieces[0].batch if states else 0
         whole = empty((before + ends[-1], width), dtype)
         bounds = zip(starts, ends, strict=True)

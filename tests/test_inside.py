@@ -243,6 +243,16 @@ def test_a_budget_chooses_the_pieces(steps, rng):
             assert (every == steps) == (share > 1)
             twice = layer.training_bytes(steps, 2, checkpoint_every=min(steps, 2 * every))
             assert every == steps or twice > budget * 1e6
+    lengths = rng.integers(steps // 2, steps, size=2)
+    with threads(1):
+        budget = layer.training_bytes(steps, 2, lengths=lengths, checkpoint_every=steps // 3) / 1e6
+        _, _, saved = layer.forward(x, lengths=lengths, budget_mb=budget)
+        every = len(saved.pieces[0].source) // 2
+        assert len(saved.pieces) > 1
+        said = layer.training_bytes(steps, 2, lengths=lengths, checkpoint_every=every)
+        assert said <= budget * 1e6
+        one = layer.forward(x[:, 0], lengths=lengths[:1], budget_mb=budget)[2]
+        assert len(one.pieces) == 1
     with pytest.raises(ValueError, match=r"budget_mb: expected at least \d+\.\d for"):
         layer.forward(x, budget_mb=0.01)
     with pytest.raises(ValueError, match="budget_mb: expected None beside checkpoint_every"):

@@ -1188,14 +1188,14 @@ def test_every_cell_is_a_public_layer():
     assert found == set(CELLS)
 
 
-def taken(layer, steps, batch, **options):
+def taken(layer, steps, batch, *, checkpoint_every=None, return_flow=False, **given):
     """Bytes that a second training step takes at most, what it says, and what without pieces."""
     x = np.ones((steps, batch, layer.input_size), layer.dtype)
     d_y = np.ones((steps, batch, layer.output_size), layer.dtype)
 
     def step():
-        _output, _, saved = layer.forward(x, **options)
-        layer.backward(saved, d_y)
+        _output, _, saved = layer.forward(x, checkpoint_every=checkpoint_every, **given)
+        layer.backward(saved, d_y, return_flow=return_flow)
 
     with threads(1):
         step()
@@ -1207,11 +1207,52 @@ def taken(layer, steps, batch, **options):
             most = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        said = layer.training_bytes(steps, batch, **options)
-        assert layer.training_bytes(steps, batch, checkpoint_every=steps) == layer.training_bytes(
-            steps, batch
-        )
-        return most, said, layer.training_bytes(steps, batch)
+        given["return_flow"] = return_flow
+        said = layer.training_bytes(steps, batch, checkpoint_every=checkpoint_every, **given)
+        whole = layer.training_bytes(steps, batch, **given)
+        assert layer.training_bytes(steps, batch, checkpoint_every=steps, **given) == whole
+        return most, said, whole
+
+
+@pytest.mark.parametrize("every", [None, 20])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("given", ["lengths", "resets", "return_flow"])
+def test_uneven_sequences_take_what_they_say(given, both, every):
+    steps, batch = 160, 24
+    rng = np.random.default_rng(0)
+    value = {
+        "lengths": rng.integers(steps // 4, steps + 1, size=batch),
+        "resets": rng.random((steps, batch)) < 0.1,
+        "return_flow": True,
+    }[given]
+    layer = fastrnn.LSTM(90, 72, 2, bidirectional=both, seed=0)
+    most, said, _ = taken(layer, steps, batch, checkpoint_every=every, **{given: value})
+    plain = layer.training_bytes(steps, batch, checkpoint_every=every)
+    if every is None:
+        assert most == pytest.approx(said, rel=0.05)
+    else:
+        assert 0.8 * said < most < 1.06 * said
+    if every is None or given == "resets":
+        # Not as good without knowing of it.
+        assert abs(most - plain) > abs(most - said)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layer_norm": True},
+        {"proj_size": 40},
+        {"recurrent_dropout": 0.2},
+        {"weight_dropout": 0.2},
+        {"input_dropout": 0.2},
+    ],
+    ids=str,
+)
+def test_options_take_what_they_say(options):
+    layer = fastrnn.LSTM(64, 96, 2, seed=0, **options)
+    for every in (None, 20):
+        most, said, _ = taken(layer, 100, 16, checkpoint_every=every)
+        assert most == pytest.approx(said, rel=0.05 if every is None else 0.1)
 
 
 @each_dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from helpers import (
@@ -165,7 +167,7 @@ def test_pieces_in_calls_of_their_own(cell, kind):
     for own in (None, np.array([4, 1, 9, 0, 2])):
         want = computed(problem, given={"seed": 3, "sequences": own})
         state, calls, outputs = as_state(problem.state), [], []
-        for begin, end in zip(ends, ends[1:], strict=False):
+        for begin, end in itertools.pairwise(ends):
             given = {"seed": 3, "first_step": begin, "sequences": own}
             output, state, saved = rnn.forward(problem.x[begin:end], state, **given)
             outputs.append(output.copy())
