@@ -1,10 +1,12 @@
-"""What each option of a layer costs: the time of a training step, over that of the plain layer.
+"""What each option of a layer costs: the time of a step, over that of the plain layer.
 
     python -m bench.options [--cases speech,medium] [--cells lstm,gru] [--rounds 7]
+                            [--mode inference] [--dtype float64] [--scaling]
     python -m bench.options --lengths          # T200 B64 I64 H128, lengths uniform in 10 to 200
     python -m bench.options --memory 256       # T = 100,000, one sequence, H = 128, within 256 MB
 
-Each option runs in a process of its own, they take turns; ratios of medians. What is computed is
+A step is one of training, or with `--mode inference` a call. `--scaling` times each on one thread,
+too. Each runs in a process of its own, they take turns; ratios of medians. What is computed is
 the tests' affair, all options of a layer against the reference.
 """
 
@@ -12,66 +14,132 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
-import resource
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import fastrnn
 from bench.cases import Case, find
+from bench.resident import most_from_now, resident
 from bench.runner import Process, calm
+from fastrnn.cells import CELLS
 
-# Arguments of the layer, then of forward; a number is how much of the plain time is allowed.
-LAYERS: dict[str, tuple[str, dict[str, Any], float]] = {
-    "reset_before": ("gru", {"reset_after": False}, 1.4),
-    "no_reset_gate": ("gru", {"reset_gate": False}, 1.25),
-    "peephole": ("lstm", {"peephole": True}, 1.25),
-    "coupled": ("lstm", {"coupled": True}, 1.25),
-    "cell_clip": ("lstm", {"cell_clip": 3.0}, 1.25),
-    "proj_size": ("lstm", {"proj_size": None}, 1.25),
-    "layer_norm": ("both", {"layer_norm": True}, 1.5),
-    "input_dropout": ("both", {"input_dropout": 0.3}, 1.25),
-    "recurrent_dropout": ("both", {"recurrent_dropout": 0.3}, 1.25),
-    "weight_dropout": ("both", {"weight_dropout": 0.3}, 1.25),
-    "zoneout": ("both", {"zoneout": 0.1}, 1.25),
-    "learned_state": ("both", {"learned_state": True}, 1.25),
-    "bidirectional": ("both", {"bidirectional": True}, 2.1),
+PLAIN, DEEP = "plain", "two_layers"
+
+
+class Option(NamedTuple):
+    """One that is timed.
+
+    cells     that have it
+    arguments of the layer
+    allowed   how much of the time of `beside`
+    given     what of `_given` forward gets
+    trained   whether it acts in training only
+    """
+
+    cells: str
+    arguments: dict[str, Any]
+    allowed: float
+    given: str = ""
+    beside: str = PLAIN
+    trained: bool = False
+
+
+ALL = "rnn,lstm,gru"
+GATED = "lstm,gru"
+OPTIONS = {
+    PLAIN: Option(ALL, {}, 1),
+    DEEP: Option(ALL, {"num_layers": 2}, 1, beside=DEEP),
+    "relu": Option("rnn", {"nonlinearity": "relu"}, 1.25),
+    "reset_before": Option("gru", {"reset_after": False}, 1.4),
+    "no_reset_gate": Option("gru", {"reset_gate": False}, 1.25),
+    "peephole": Option("lstm", {"peephole": True}, 1.25),
+    "coupled": Option("lstm", {"coupled": True}, 1.25),
+    "cell_clip": Option("lstm", {"cell_clip": 3.0}, 1.25),
+    "proj_size": Option("lstm", {"proj_size": None}, 1.25),
+    "layer_norm": Option(GATED, {"layer_norm": True}, 1.5),
+    "own_cell": Option(ALL, {"cell": None}, 1.25),
+    "dropout": Option(ALL, {"num_layers": 2, "dropout": 0.3}, 1.25, "", DEEP, True),
+    "input_dropout": Option(ALL, {"input_dropout": 0.3}, 1.25, trained=True),
+    "locked_dropout": Option(
+        ALL, {"input_dropout": 0.3, "locked_dropout": True}, 1.25, trained=True
+    ),
+    "recurrent_dropout": Option(ALL, {"recurrent_dropout": 0.3}, 1.25, trained=True),
+    "weight_dropout": Option(ALL, {"weight_dropout": 0.3}, 1.25, trained=True),
+    "zoneout": Option(ALL, {"zoneout": 0.1}, 1.25),
+    "learned_state": Option(ALL, {"learned_state": True}, 1.25),
+    "bidirectional": Option(ALL, {"bidirectional": True}, 2.1),
+    "sum_of_both": Option(ALL, {"bidirectional": True, "merge": "sum"}, 2.1),
+    "vectors": Option(ALL, {}, 1.25, "vectors"),
+    "resets": Option(ALL, {}, 1.25, "resets"),
+    "return_gates": Option(GATED, {}, 1.25, "return_gates"),
+    "flow": Option(ALL, {}, 1.25, "flow", trained=True),
+    "four_pieces": Option(ALL, {}, 1.4, "four_pieces", trained=True),
+    "root_pieces": Option(ALL, {}, 1.4, "root_pieces", trained=True),
+    "lengths": Option("", {}, 1, "lengths"),
 }
-CALLS: dict[str, float] = {"resets": 1.25, "four_pieces": 1.4, "root_pieces": 1.4, "flow": 1.25}
-PLAIN = "plain"
 
 
-def _cost(name: str) -> float:
-    return LAYERS[name][2] if name in LAYERS else CALLS.get(name, 1.0)
-
-
-def _step(case: Case, cell: str, name: str) -> Callable[[], Any]:
-    """A training step."""
-    random = np.random.default_rng(0)
+def _given(name: str, case: Case, dtype: str) -> dict[str, Any]:
+    """More arguments of forward."""
+    random = np.random.default_rng(1)
     T, B = case.T, case.B
-    options = dict(LAYERS[name][1]) if name in LAYERS else {}
-    if "proj_size" in options:
-        # Of the case's size.
-        options["proj_size"] = case.H // 2
-    layer = getattr(fastrnn, cell.upper())(case.I, case.H, seed=0, **options)
-    x = random.standard_normal((T, B, case.I), dtype=np.float32)
-    d_y = random.standard_normal((T, B, layer.output_size), dtype=np.float32)
-    lengths = random.integers(T // 20, T + 1, size=B)
-    given: dict[str, dict[str, Any]] = {
-        "resets": {"resets": random.random((T, B)) < 0.02},
-        "four_pieces": {"checkpoint_every": -(-T // 4)},
-        "root_pieces": {"checkpoint_every": round(T**0.5)},
-        "lengths": {"lengths": lengths},
+    # Made when they are wanted.
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        "vectors": lambda: {"vectors": random.standard_normal((1000, case.I)).astype(dtype)},
+        "resets": lambda: {"resets": random.random((T, B)) < 0.02},
+        "return_gates": lambda: {"return_gates": True},
+        "four_pieces": lambda: {"checkpoint_every": -(-T // 4)},
+        "root_pieces": lambda: {"checkpoint_every": round(T**0.5)},
+        "lengths": lambda: {"lengths": lengths_of(case)},
     }
-    flow = {"return_flow": True} if name == "flow" else {}
+    return ways[name]() if name in ways else {}
+
+
+def lengths_of(case: Case) -> np.ndarray:
+    """Uniform, from a twentieth of all steps."""
+    return np.random.default_rng(0).integers(case.T // 20, case.T + 1, size=case.B)
+
+
+def _layer(case: Case, cell: str, arguments: dict[str, Any], dtype: str) -> Any:
+    arguments = arguments | {"dtype": dtype, "seed": 0}
+    if "proj_size" in arguments:
+        # Of the case's size.
+        arguments["proj_size"] = case.H // 2
+    if "cell" not in arguments:
+        return getattr(fastrnn, cell.upper())(case.I, case.H, **arguments)
+    # Known to the library no more than any other.
+    own = CELLS["rnn_tanh" if cell == "rnn" else cell]
+    arguments["cell"] = dataclasses.replace(own, name="own")
+    return fastrnn.Recurrent(input_size=case.I, hidden_size=case.H, **arguments)
+
+
+def _step(case: Case, cell: str, name: str, dtype: str, mode: str) -> Callable[[], Any]:
+    """A training step, or a call."""
+    random = np.random.default_rng(0)
+    option = OPTIONS[name]
+    layer = _layer(case, cell, option.arguments, dtype)
+    given = _given(option.given, case, dtype)
+    shape = case.T, case.B
+    if "vectors" in given:
+        x = random.integers(len(given["vectors"]), size=shape)
+    else:
+        x = random.standard_normal((*shape, case.I)).astype(dtype)
+    d_y = random.standard_normal((*shape, layer.output_size)).astype(dtype)
+    flow = {"return_flow": True} if option.given == "flow" else {}
+    if mode == "inference":
+        frozen = layer.freeze()
+        return lambda: frozen(x, **given)
 
     def step() -> Any:
-        _, _, saved = layer.forward(x, **given.get(name, {}))
+        _, _, saved, *_ = layer.forward(x, **given)
         return layer.backward(saved, d_y, **flow)
 
     return step
@@ -84,7 +152,7 @@ def _packed(case: Case, cell: str) -> Callable[[], Any]:
     random = np.random.default_rng(0)
     rows = random.standard_normal((case.T, case.B, case.I), dtype=np.float32)
     d_y = random.standard_normal((case.T, case.B, case.H), dtype=np.float32)
-    lengths = torch.tensor(random.integers(case.T // 20, case.T + 1, size=case.B))
+    lengths = torch.tensor(lengths_of(case))
     layer = getattr(torch.nn, cell.upper())(case.I, case.H)
     x, gradient = torch.tensor(rows, requires_grad=True), torch.tensor(d_y)
     pack, unpack = torch.nn.utils.rnn.pack_padded_sequence, torch.nn.utils.rnn.pad_packed_sequence
@@ -100,7 +168,7 @@ def _packed(case: Case, cell: str) -> Callable[[], Any]:
 
 def worker(what: str, threads: int) -> None:
     """One option, in this process: answers {"do": "time", seconds} by times of steps."""
-    name, cell, place = what.split(":")
+    name, cell, place, dtype, mode = what.split(":")
     case = find(place)
     if name == "packed":
         import torch
@@ -109,7 +177,7 @@ def worker(what: str, threads: int) -> None:
         step = _packed(case, cell)
     else:
         fastrnn.set_num_threads(threads)
-        step = _step(case, cell, name)
+        step = _step(case, cell, name, dtype, mode)
     for line in sys.stdin:
         end = time.perf_counter() + json.loads(line)["seconds"]
         times: list[float] = []
@@ -121,54 +189,61 @@ def worker(what: str, threads: int) -> None:
 
 
 def race(
-    names: list[str], cell: str, case: str, threads: int, rounds: int, seconds: float
-) -> dict[str, float]:
-    """The median time of each."""
-    times: dict[str, list[float]] = {name: [] for name in names}
+    names: list[str], cell: str, case: str, options: argparse.Namespace
+) -> dict[tuple[str, int], float]:
+    """The median time of each, with each number of threads."""
+    counts = [options.threads, 1] if options.scaling else [options.threads]
+    racing: dict[tuple[str, int], Process] = {}
+    times: dict[tuple[str, int], list[float]] = {}
     with contextlib.ExitStack() as ends:
-        racing = {}
-        for name in names:
-            what = f"{name}:{cell}:{case}"
-            racing[name] = Process(what, sys.executable, threads, "bench.options")
-            ends.callback(racing[name].end)
+        for key in ((name, count) for name in names for count in counts):
+            what = f"{key[0]}:{cell}:{case}:{options.dtype}:{options.mode}"
+            racing[key] = Process(what, sys.executable, key[1], "bench.options")
+            times[key] = []
+            ends.callback(racing[key].end)
             # Compiled, and a step more.
             for _ in range(2):
-                racing[name].ask(do="time", seconds=0)
-        for turn in range(rounds):
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
-                answer = calm(racing[name], seconds)
+                racing[key].ask(do="time", seconds=0)
+        keys = list(racing)
+        for turn in range(options.rounds):
+            shift = turn % len(keys)
+            for key in keys[shift:] + keys[:shift]:
+                answer = calm(racing[key], options.seconds)
                 if "failed" in answer:
-                    raise RuntimeError(f"{name}: {answer['failed']}")
-                times[name] += answer["times"]
-    return {name: statistics.median(found) for name, found in times.items()}
+                    raise RuntimeError(f"{key[0]}: {answer['failed']}")
+                times[key] += answer["times"]
+    return {key: statistics.median(found) for key, found in times.items()}
 
 
 def _compare(options: argparse.Namespace) -> None:
+    threads = options.threads
     for case in options.cases.split(","):
         for cell in options.cells.split(","):
-            names = [n for n, (of, _, _) in LAYERS.items() if of in (cell, "both")]
-            found = race([PLAIN, *names, *CALLS], cell, case, *_clock(options))
-            print(f"{case} {cell}: plain {1e3 * found[PLAIN]:.2f} ms")
-            for name in (*names, *CALLS):
-                ratio = found[name] / found[PLAIN]
-                print(f"  {name:18} {ratio:.2f} (wanted {_cost(name)})", flush=True)
-
-
-def _clock(options: argparse.Namespace) -> tuple[int, int, float]:
-    return options.threads, options.rounds, options.seconds
+            names = [
+                name
+                for name, option in OPTIONS.items()
+                if cell in option.cells.split(",")
+                and not (option.trained and options.mode == "inference")
+            ]
+            found = race(names, cell, case, options)
+            print(f"{case} {cell}: plain {1e3 * found[PLAIN, threads]:.2f} ms")
+            for name in names:
+                ratio = found[name, threads] / found[OPTIONS[name].beside, threads]
+                told = f"  {name:18} {ratio:.2f} (wanted {OPTIONS[name].allowed})"
+                if options.scaling:
+                    told += (
+                        f", one thread {found[name, 1] / found[name, threads]:.2f} times as long"
+                    )
+                print(told, flush=True)
 
 
 def _compare_lengths(options: argparse.Namespace) -> None:
-    case = find("T200B64I64H128")
-    lengths = np.random.default_rng(0)
-    lengths.standard_normal((case.T, case.B, case.I), dtype=np.float32)
-    lengths.standard_normal((case.T, case.B, case.H), dtype=np.float32)
-    counts = lengths.integers(case.T // 20, case.T + 1, size=case.B)
-    share = counts.sum() / (case.T * case.B)
+    place = "T200B64I64H128"
+    case = find(place)
+    share = lengths_of(case).sum() / (case.T * case.B)
     for cell in options.cells.split(","):
-        names = [PLAIN, "lengths", "packed"]
-        found = race(names, cell, "T200B64I64H128", *_clock(options))
+        times = race([PLAIN, "lengths", "packed"], cell, place, options)
+        found = {name: times[name, options.threads] for name in (PLAIN, "lengths", "packed")}
         ratio = found["lengths"] / found[PLAIN]
         print(
             f"{cell}: {share:.3f} of the steps take {ratio:.3f} of the padded time, "
@@ -178,33 +253,42 @@ def _compare_lengths(options: argparse.Namespace) -> None:
         )
 
 
-def _measure_memory(megabytes: float, cell: str) -> None:
+def _measure_memory(megabytes: float, cell: str, dtype: str) -> None:
     """The most memory that this process takes for a step, beyond x, d_y and what it had."""
     steps = 100_000
-    layer = getattr(fastrnn, cell.upper())(128, 128, seed=0)
-    tiny = np.zeros((4, 1, 128), np.float32)
+    layer = getattr(fastrnn, cell.upper())(128, 128, seed=0, dtype=dtype)
+    tiny = np.zeros((4, 1, 128), dtype)
     y, _, saved = layer.forward(tiny, checkpoint_every=2)
     layer.backward(saved, y)
-    x = np.random.default_rng(0).standard_normal((steps, 1, 128), dtype=np.float32)
-    d_y = np.random.default_rng(1).standard_normal((steps, 1, 128), dtype=np.float32)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    x, d_y = (
+        np.random.default_rng(seed).standard_normal((steps, 1, 128)).astype(dtype)
+        for seed in range(2)
+    )
+    before = most_from_now()
     _, _, saved = layer.forward(x, budget_mb=megabytes)
     every = saved.pieces[0].steps
     layer.backward(saved, d_y)
-    most = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6 * 1024
+    most = (resident("VmHWM") - before) / 1e6
     said = layer.training_bytes(steps, 1, checkpoint_every=every) / 1e6
     whole = layer.training_bytes(steps, 1) / 1e6
     print(
-        f"{cell}: {most:.0f} MB for T = {steps}, pieces of {every} steps; training_bytes says "
-        f"{said:.0f}, without pieces {whole:.0f}"
+        f"{cell}: {most:.0f} MB for T = {steps}, pieces of {every} steps, beside x and d_output of "
+        f"{x.nbytes / 1e6:.0f} each; training_bytes says {said:.0f}, without pieces {whole:.0f}"
     )
 
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.options", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.options",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--cases", default="speech,medium")
     parser.add_argument("--cells", default="lstm,gru")
+    parser.add_argument("--mode", default="training", choices=("training", "inference"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
+    parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--lengths", action="store_true")
     parser.add_argument("--memory", type=float, metavar="MB")
     parser.add_argument("--threads", type=int, default=2)
@@ -212,7 +296,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.15)
     options = parser.parse_args()
     if options.memory is not None:
-        _measure_memory(options.memory, options.cells.split(",")[0])
+        for cell in options.cells.split(","):
+            # What one has had, the next would find.
+            arguments = options.memory, cell, options.dtype
+            process = multiprocessing.get_context("spawn").Process(
+                target=_measure_memory, args=arguments
+            )
+            process.start()
+            process.join()
+            if process.exitcode:
+                return 1
     elif options.lengths:
         _compare_lengths(options)
     else:

@@ -16,7 +16,6 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,16 +23,11 @@ import numpy as np
 from bench.cases import find
 from bench.peers import Missing
 from bench.problem import error
+from bench.resident import most_from_now, resident
 
 # Steps before the clock, since the first ones compile, allocate and start threads; fewer of them
 # if they take so many seconds.
 _WARM, _LONG = 2, 0.5
-
-
-def _resident(name: str) -> int:
-    """Bytes of this process by the kernel's count; Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 class Worker:
@@ -76,13 +70,11 @@ class Worker:
         tiny, _ = self._begin(mode, "T2B2I8H8", cell, dtype)
         for _ in range(_WARM):
             tiny()
-        # The most from now on.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
+        before = most_from_now()
         step, _ = self._begin(mode, case, cell, dtype)
         for _ in range(_WARM):
             step()
-        return {"before": before, "most": _resident("VmHWM")}
+        return {"before": before, "most": resident("VmHWM")}
 
     @staticmethod
     def _lasts(step: Any) -> float:

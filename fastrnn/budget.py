@@ -19,7 +19,7 @@ from fastrnn.simd import padded
 
 # Numbers of a chunk of the tape where it is not kept, about.
 _CHUNK = 1 << 16
-# Numbers of 8 bytes that a row of a layout has where sequences are uneven, about.
+# Numbers of 8 bytes that a row of a layout has, about.
 _INDICES = 6
 
 
@@ -210,9 +210,8 @@ def step_numbers(work: Work, threads: int) -> int:
     memory, itemsize = step.memory, np.dtype(work.dtype).itemsize
     layers: list[tuple[list[int], list[int]]] = []
     below: list[int] = []
-    if not work.plain:
-        # Which rows are whose, about.
-        memory.make(_INDICES * step.sides * step.count * 8 // itemsize)
+    # Which rows are whose.
+    memory.make(_INDICES * step.sides * step.count * 8 // itemsize)
     if not work.plain and not work.tokens:
         below = memory.take(*[rows * work.widths[0] for rows, _ in work.pieces])
     for layer, width in enumerate(work.widths):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -285,3 +286,33 @@ def test_a_race_that_cannot_be_run(tmp_path, options, words):
     done = race(tmp_path, *options)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+def options(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.options", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_each_option_is_timed():
+    how = ["--rounds", "1", "--seconds", "0.001", "--threads", "1"]
+    told = options("--cases", "T3B2I4H6", "--cells", "rnn", "--mode", "inference", *how)
+    found = dict(re.findall(r"^  (\w+) +([\d.]+) \(wanted", told, re.M))
+    assert {"relu", "own_cell", "zoneout", "bidirectional", "vectors", "resets"} < set(found)
+    assert "flow" not in found, "training only"
+    assert all(float(ratio) > 0 for ratio in found.values())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells what it takes")
+def test_a_long_sequence_within_a_budget():
+    told = options("--memory", "120", "--cells", "rnn")
+    taken, said = map(int, re.search(r"rnn: (\d+) MB .* says (\d+)", told).groups())
+    # Shared memory of libraries that are used for the first time is counted, too.
+    assert 0.8 * said < taken < 120 * 1.1

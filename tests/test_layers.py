@@ -26,7 +26,7 @@ from helpers import (
 )
 
 import fastrnn
-from fastrnn import loss, memory, optim, reference
+from fastrnn import layout, loss, memory, optim, reference
 from fastrnn.cells import CELLS
 from fastrnn.clip import clip_grad_norm_, clip_grad_value_, grad_norm
 from fastrnn.dropout import dropout
@@ -1201,6 +1201,7 @@ def taken(layer, steps, batch, *, checkpoint_every=None, return_flow=False, **gi
         step()
         gc.collect()
         memory._give_up_idle()
+        layout.even.cache_clear()
         tracemalloc.start()
         try:
             step()
@@ -1232,9 +1233,9 @@ def test_uneven_sequences_take_what_they_say(given, both, every):
         assert most == pytest.approx(said, rel=0.05)
     else:
         assert 0.8 * said < most < 1.06 * said
-    if every is None or given == "resets":
+    if (given, both, every) in {("resets", False, 20), ("lengths", False, None)}:
         # Not as good without knowing of it.
-        assert abs(most - plain) > abs(most - said)
+        assert abs(most - plain) > 2 * abs(most - said)
 
 
 @pytest.mark.parametrize(
