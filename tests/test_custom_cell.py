@@ -250,3 +250,14 @@ def test_registers_too_few_or_too_many_are_named(name, function):
 
     with pytest.raises(numba.TypingError, match=r"mgu: expected \d registers as the \w+ that"):
         train()
+
+
+def test_the_page_about_cells_is_true(tmp_path):
+    """Its code runs, in a file of its own as it says; the last block compares the gradients."""
+    page = (Path(__file__).parents[1] / "docs" / "cells.md").read_text()
+    blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
+    assert len(blocks) == 3
+    (tmp_path / "page.py").write_text("\n\n".join(blocks))
+    found = runpy.run_path(str(tmp_path / "page.py"))
+    assert (found["y"][3:, 1] == 0).all()
+    assert all(abs(value).max() > 0 for value in found["grads"].values())
