@@ -64,6 +64,15 @@ def tolerance(dtype, terms):
     return 8 * float(np.finfo(np.float32).eps) * float(np.sqrt(terms))
 
 
+def terms(rnn, x):
+    """Numbers that the longest chain of sums behind any result of a layer adds up."""
+    steps, batch = x.shape[:2]
+    inputs = 1 if x.dtype.kind == "i" else rnn.input_size
+    gates = rnn.cell.gates * rnn.hidden_size
+    layers = rnn.num_layers * (1 + rnn.bidirectional)
+    return layers * steps * (inputs + rnn.hidden_size + gates + 8) + steps * batch
+
+
 def agree(got, want, dtype, terms, name="", scale=0.0):
     """Assert that `got` is `want`: in norm, and element by element on the scale of the array.
 
@@ -186,12 +195,7 @@ class Problem:
 
     @property
     def terms(self):
-        """Numbers that the longest chain of sums behind any result adds up."""
-        rnn = self.rnn
-        steps, batch = self.x.shape[:2]
-        inputs = 1 if self.x.dtype.kind == "i" else rnn.input_size
-        gates = rnn.cell.gates * rnn.hidden_size
-        return rnn.num_layers * steps * (inputs + rnn.hidden_size + gates + 8) + steps * batch
+        return terms(self.rnn, self.x)
 
     def piece(self, rows=slice(None), columns=slice(None)):
         """The same layer on some steps and sequences."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers import (
+    agree,
     as_parts,
     as_state,
     each_cell,
@@ -12,6 +13,7 @@ from helpers import (
     new_layer,
     same,
     same_results,
+    terms,
     threads,
     tolerance,
 )
@@ -135,22 +137,44 @@ def test_two_layers_of_one_direction(cell, dtype, lengths, merge, layers, rng):
     same(as_parts(final)[0], got["final 0"])
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
-@pytest.mark.parametrize("lengths", [(3, 6, 2, 6, 1), (6, 6, 6)], ids=str)
-def test_against_pytorch(cell, lengths, rng):
+@pytest.mark.parametrize(
+    ("cell", "dtype", "layers", "bias"),
+    [
+        ("rnn_tanh", np.float64, 2, True),
+        ("rnn_relu", np.float64, 2, True),
+        ("gru", np.float64, 3, True),
+        ("lstm", np.float64, 2, True),
+        ("lstm_projected", np.float64, 2, True),
+        ("lstm_projected", np.float64, 2, False),
+        ("lstm_projected", np.float32, 2, True),
+    ],
+    ids=lambda value: np.dtype(value).name if isinstance(value, type) else str(value),
+)
+@pytest.mark.parametrize("lengths", [(3, 6, 2, 6, 1), None], ids=["packed", "plain"])
+def test_against_pytorch(cell, dtype, layers, bias, lengths, rng):
     torch = pytest.importorskip("torch")
-    given = problem(cell, rng, np.float64, lengths, 2)
+    given = problem(cell, rng, dtype, lengths or (T,) * 3, layers, bias=bias)
     rnn, x, state, d_output, d_state, _ = given
-    kind = {"rnn_tanh": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[cell]
-    theirs = kind(n_in, H, 2, bidirectional=True, dtype=torch.float64)
+    options = {"nonlinearity": rnn.nonlinearity} if "rnn" in cell else {}
+    options |= {"proj_size": rnn.proj_size} if rnn.proj_size else {}
+    theirs = getattr(torch.nn, type(rnn).__name__)(
+        n_in, H, layers, bias=bias, bidirectional=True, dtype=torch.float64, **options
+    )
     assert list(theirs.state_dict()) == list(rnn.params)
     theirs.load_state_dict({k: torch.from_numpy(v) for k, v in rnn.params.items()})
-    x_t = torch.tensor(x, requires_grad=True)
-    first = [torch.tensor(s, requires_grad=True) for s in state]
-    pack, unpack = torch.nn.utils.rnn.pack_padded_sequence, torch.nn.utils.rnn.pad_packed_sequence
-    packed = pack(x_t, torch.tensor(lengths), enforce_sorted=False)
-    packed, final = theirs(packed, as_state(first))
-    output, _ = unpack(packed, total_length=T)
+
+    def leaf(array):
+        return torch.tensor(array, dtype=torch.float64, requires_grad=True)
+
+    x_t, first = leaf(x), [leaf(s) for s in state]
+    if lengths:
+        from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+        sequences = pack_padded_sequence(x_t, torch.tensor(lengths), enforce_sorted=False)
+        output, final = theirs(sequences, as_state(first))
+        output, _ = pad_packed_sequence(output, total_length=T)
+    else:
+        output, final = theirs(x_t, as_state(first))
     finals = as_parts(final)
     loss = (output * torch.from_numpy(d_output)).sum()
     for part, d in zip(finals, d_state, strict=True):
@@ -159,9 +183,10 @@ def test_against_pytorch(cell, lengths, rng):
     want = {"output": output, "d x": x_t.grad} | {k: p.grad for k, p in theirs.named_parameters()}
     want |= {f"final {i}": part for i, part in enumerate(finals)}
     want |= {f"d initial {i}": part.grad for i, part in enumerate(first)}
-    got = results(*given)
-    for key in want:
-        np.testing.assert_allclose(got[key], want[key].detach().numpy(), rtol=1e-9, atol=1e-11)
+    got = results(*given[:-1], lengths)
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        agree(got[key], value.detach().numpy(), dtype, terms(rnn, x), key)
 
 
 @each_cell
