@@ -1,10 +1,23 @@
-"""Options together, drawn at random: outputs by the reference, gradients by finite differences."""
+"""Options together, drawn at random: outputs by the reference, gradients by finite differences.
+
+That is in float64, with which float32 is then compared.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import CLIP, as_parts, as_state, reference_of, same, same_results, threads
+from helpers import (
+    CLIP,
+    agree,
+    as_parts,
+    as_state,
+    reference_of,
+    rms,
+    same_results,
+    terms,
+    threads,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +25,7 @@ import fastrnn
 from fastrnn.reference import masks
 
 T, B, n_in = 6, 4, 3
+V = 7  # vectors
 
 
 def chance(p):
@@ -34,6 +48,16 @@ cells = st.one_of(
     st.tuples(st.just("GRU"), st.one_of(st.just({}), gru)),
     st.tuples(st.just("LSTM"), st.one_of(lstm, st.just({"layer_norm": True}))),
 )
+# All of it is compiled once more for each cell in float32: a few will do.
+some = st.sampled_from(
+    [
+        ("RNN", {}),
+        ("GRU", {"reset_after": False}),
+        ("LSTM", {}),
+        ("LSTM", {"proj_size": 5}),
+    ]
+)
+forms = st.tuples(cells, st.just(np.float64)) | st.tuples(some, st.just(np.float32))
 everywhere = st.fixed_dictionaries(
     {
         "num_layers": st.integers(1, 2),
@@ -59,6 +83,8 @@ calls = st.fixed_dictionaries(
         "every": st.none() | st.integers(1, T),
         "count": st.integers(1, 3),
         "seed": st.integers(0, 2**63),
+        "inputs": st.sampled_from(["features", "tokens", "vectors"]),
+        "flow": st.booleans(),
     }
 )
 
@@ -68,6 +94,7 @@ class Oracle:
 
     def __init__(self, layer, seed):
         self.layer, self.seed = layer, seed
+        self.inputs, self.parts = [], []
         words = [type(layer).__name__.lower()]
         if words == ["gru"] and not layer.reset_gate:
             words.append("simple")
@@ -119,6 +146,8 @@ class Oracle:
                     given["mask"] = mask[b : b + 1]
                 if zone is not None:
                     given["zone"] = zone[steps, b : b + 1]
+                final = i == len(parts) - 1
+                self.parts.append((layer, side, b, steps, final, params, given, now))
                 out, now, _ = self.reference.forward(params, x[steps, b : b + 1], now, **given)
                 y[steps, b] = out[:, 0]
             # To the left of a reset before the first step there is nothing.
@@ -131,6 +160,7 @@ class Oracle:
         sides = 1 + rnn.bidirectional
         for layer in range(rnn.num_layers):
             x = self._input(layer, x)
+            self.inputs.append(x)
             at = range(layer * sides, (layer + 1) * sides)
             begun = [[part[i] for part in state] for i in at]
             done = [
@@ -144,80 +174,171 @@ class Oracle:
                 x = x / 2 if rnn.merge == "mean" else x
         return x, [np.stack(parts) for parts in zip(*finals, strict=True)]
 
+    def flow(self, d_output, d_state):
+        """After the call: norms of the gradients in h, each that of the state before a rest."""
+        rnn, sides = self.layer, 1 + self.layer.bidirectional
+        found = np.zeros((rnn.num_layers * sides, T, B))
+        d_y = d_output / 2 if rnn.merge == "mean" else d_output
+        for layer in reversed(range(rnn.num_layers)):
+            x = self.inputs[layer]
+            d_x = np.zeros_like(x)
+            for of, side, b, steps, final, params, options, state in self.parts:
+                if of != layer:
+                    continue
+                at, width = layer * sides + side, rnn.state_sizes[0]
+                own = d_y[:, :, side * width :] if rnn.merge == "concat" else d_y
+                own = own[steps, b : b + 1, :width]
+                d_end = [part[at, b : b + 1] * final for part in d_state]
+                for k in range(len(steps) + 1):
+                    # All but the first step of what the last turn had.
+                    rest = dict(options)
+                    if "zone" in options:
+                        rest["zone"] = options["zone"][k:]
+                    d_first = d_end
+                    if k < len(steps):
+                        _, _, saved = self.reference.forward(
+                            params, x[steps[k:], b : b + 1], state, **rest
+                        )
+                        d_rest, d_first, _ = self.reference.backward(params, saved, own[k:], d_end)
+                        state = tuple(saved[name][1] for name in self.reference.STATES)
+                    if k:
+                        found[at, steps[k - 1], b] = np.linalg.norm(own[k - 1] + d_first[0])
+                    else:
+                        d_x[steps, b] += d_rest[:, 0]
+            d_y = self._input(layer, d_x) / (2 if rnn.merge == "mean" else 1)
+        return found
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-@given(cells, everywhere, calls, st.integers(0, 2**32))
-def test_random_combinations(cell, options, call, number):
-    check(cell, options, call, number)
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(forms, everywhere, calls, st.integers(0, 2**32))
+def test_random_combinations(form, options, call, number):
+    check(form, options, call, number)
 
 
 @pytest.mark.slow
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
-@given(cells, everywhere, calls, st.integers(0, 2**32))
-def test_many_random_combinations(cell, options, call, number):
-    check(cell, options, call, number)
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@given(forms, everywhere, calls, st.integers(0, 2**32))
+def test_many_random_combinations(form, options, call, number):
+    check(form, options, call, number)
 
 
-def check(cell, options, call, number):
-    kind, own = cell
+def results(layer, x, state, given, d_output, d_state, *, flow=True):
+    """Every array of forward and backward."""
+    y, final, saved = layer.forward(x, as_state(state), **given)
+    found = {"output": y.copy()}
+    d_x, d_first, grads, *more = layer.backward(
+        saved, d_output, as_state(d_state), return_flow=flow
+    )
+    if flow:
+        found["flow"] = more[0].astype(layer.dtype)
+    for kind, parts in (("final", final), ("d initial", d_first)):
+        found |= {f"{kind} {i}": part for i, part in enumerate(as_parts(parts))}
+    return found | ({} if d_x is None else {"d x": d_x}) | grads
+
+
+def check(form, options, call, number):
+    (kind, own), dtype = form
     options = {**options, **own}
     if options["bidirectional"]:
         options["merge"] = call["merge"]
+    if call["inputs"] != "features":
+        options["input_dropout"] = 0.0
     rng = np.random.default_rng(number)
+
+    def normal(*shape):
+        # Numbers that float32 has, too.
+        return rng.standard_normal(shape).astype("f4").astype("f8")
+
     layer = getattr(fastrnn, kind)(n_in, dtype=np.float64, seed=1, **options)
     for key, value in layer.params.items():
-        if not key.startswith("weight_hh"):
-            value[...] = 0.7 * rng.standard_normal(value.shape)
-    x = rng.standard_normal((T, B, n_in))
+        drawn = value if key.startswith("weight_hh") else 0.7 * normal(*value.shape)
+        value[...] = drawn.astype("f4")
+    vectors = normal(V, n_in) if call["inputs"] == "vectors" else None
+    if call["inputs"] == "features":
+        x = rows = normal(T, B, n_in)
+    else:
+        table = np.eye(n_in) if vectors is None else vectors
+        x = rng.integers(len(table), size=(T, B))
+        rows = table[x]
     count = layer.num_layers * (1 + layer.bidirectional)
-    parts = [rng.standard_normal((count, B, size)) for size in layer.state_sizes]
-    lengths = [T] * B if call["lengths"] is None else call["lengths"]
+    parts, d_state = (tuple(normal(count, B, size) for size in layer.state_sizes) for _ in range(2))
+    d_output = normal(T, B, layer.output_size)
     resets = np.zeros((T, B), bool)
     if call["resets"] is not None:
         resets = np.random.default_rng(call["resets"]).random((T, B)) < 0.3
-    given_state = as_state(tuple(parts)) if call["state"] else None
-    arguments = {
+    state = parts if call["state"] else (None,)
+    given = {
         "lengths": call["lengths"],
         "resets": None if call["resets"] is None else resets,
+        "vectors": vectors,
         "seed": call["seed"],
     }
 
-    y, final, saved = layer.forward(x, given_state, **arguments)
-    y = y.copy()
+    found = results(layer, x, state, given, d_output, d_state)
+    begun = [part.copy() for part in parts]
     if not call["state"]:
         ends = [f"_l{i}{end}" for i in range(layer.num_layers) for end in layer._ends]
-        for name, part in zip(layer.state_names, parts, strict=True):
+        for name, part in zip(layer.state_names, begun, strict=True):
             part[...] = 0
             if layer.learned_state:
                 part[...] = np.stack([layer.params[f"{name}_0{end}"] for end in ends])[:, None]
-    want_y, want_final = Oracle(layer, call["seed"])(x, parts, lengths, resets)
-    np.testing.assert_allclose(y, want_y, rtol=1e-9, atol=1e-11)
-    for found, wanted in zip(as_parts(final), want_final, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)
+    lengths = [T] * B if call["lengths"] is None else call["lengths"]
+    oracle = Oracle(layer, call["seed"])
+    want_y, want_final = oracle(rows, begun, lengths, resets)
+    np.testing.assert_allclose(found["output"], want_y, rtol=1e-9, atol=1e-11)
+    for i, wanted in enumerate(want_final):
+        np.testing.assert_allclose(found[f"final {i}"], wanted, rtol=1e-9, atol=1e-11)
+    want_flow = oracle.flow(d_output, d_state)
+    np.testing.assert_allclose(found["flow"], want_flow, rtol=1e-9, atol=1e-11)
 
-    d_y = rng.standard_normal(y.shape)
-    d_state = tuple(rng.standard_normal(part.shape) for part in parts)
-    d_x, _, grads = layer.backward(saved, d_y, as_state(d_state))
     with threads(call["count"]):
-        again, _, saved = layer.forward(x, given_state, **arguments, checkpoint_every=call["every"])
-        same(again, y)
-        found_x, _, found = layer.backward(saved, d_y, as_state(d_state))
-    same(found_x, d_x)
-    same_results(found, grads)
+        pieces = given | {"checkpoint_every": call["every"]}
+        again = results(layer, x, state, pieces, d_output, d_state, flow=call["flow"])
+    same_results(again, {key: found[key] for key in found if key != "flow" or call["flow"]})
 
-    directions = {key: rng.standard_normal(value.shape) for key, value in layer.params.items()}
-    towards = rng.standard_normal(x.shape)
-    start = layer.state_dict()
+    arrays = dict(layer.params)
+    if call["state"]:
+        arrays |= {f"d initial {i}": part for i, part in enumerate(parts)}
+    if "d x" in found:
+        arrays["d x"] = x if vectors is None else vectors
+    start = {key: value.copy() for key, value in arrays.items()}
+    directions = {key: rng.standard_normal(value.shape) for key, value in arrays.items()}
 
     def loss(step):
-        for key, value in layer.params.items():
+        for key, value in arrays.items():
             value[...] = start[key] + step * directions[key]
-        out, last, _ = layer.forward(x + step * towards, given_state, **arguments)
+        out, last, _ = layer.forward(x, as_state(state), **given)
         ends = zip(as_parts(last), d_state, strict=True)
-        return np.vdot(out, d_y) + sum(np.vdot(part, d) for part, d in ends)
+        return np.vdot(out, d_output) + sum(np.vdot(part, d) for part, d in ends)
 
-    slope = np.vdot(d_x, towards) + sum(np.vdot(grads[k], directions[k]) for k in directions)
+    slope = sum(np.vdot(found[key], directions[key]) for key in arrays)
     slopes = [(loss(step) - loss(-step)) / (2 * step) for step in (1e-5, 1e-6)]
+    loss(0)
     # A bound of the cell state may be met on the way: then it has no slope there.
     if layer.__dict__.get("cell_clip") is None or abs(slopes[0] - slopes[1]) < 1e-6:
         assert slopes[1] == pytest.approx(slope, rel=1e-4, abs=1e-5)
+
+    if dtype == np.float32:
+        narrow = getattr(fastrnn, kind)(n_in, dtype=dtype, **options)
+        narrow.load_state_dict({key: value.astype(dtype) for key, value in layer.params.items()})
+        compare_narrow(narrow, found, x, state, given, d_output, d_state, call)
+
+
+def compare_narrow(layer, wanted, x, state, given, d_output, d_state, call):
+    """Assert that a layer in float32 gives what one in float64 did."""
+
+    def cast(array):
+        return array if array is None or array.dtype.kind != "f" else array.astype(np.float32)
+
+    given = given | {"vectors": cast(given["vectors"])}
+    arguments = cast(x), tuple(cast(part) for part in state)
+    gradients = cast(d_output), tuple(cast(part) for part in d_state)
+    found = results(layer, *arguments, given, *gradients)
+    with threads(call["count"]):
+        pieces = given | {"checkpoint_every": call["every"]}
+        same_results(results(layer, *arguments, pieces, *gradients), found)
+    assert found.keys() == wanted.keys()
+    for keys in (layer.params, [key for key in wanted if key not in layer.params]):
+        scale = rms(*(wanted[key] for key in keys))
+        for key in keys:
+            agree(found[key], wanted[key], np.float32, terms(layer, x), key, scale)
