@@ -280,15 +280,33 @@ def bad_layers():
     yield gru, (0, H), {}, ValueError, ("input_size", "at least 1", "0")
     yield gru, (2.5, H), {}, TypeError, ("input_size", "an integer", "2.5")
     yield gru, (n_in, -1), {}, ValueError, ("hidden_size", "at least 1", "-1")
+    yield gru, (n_in, 0), {}, ValueError, ("hidden_size", "at least 1", "0")
+    yield gru, (n_in, None), {}, TypeError, ("hidden_size", "an integer", "None")
     yield gru, (n_in, H, 0), {}, ValueError, ("num_layers", "at least 1", "0")
+    yield gru, (n_in, H, -1), {}, ValueError, ("num_layers", "at least 1", "-1")
     yield gru, (n_in, H), {"dropout": 1}, ValueError, ("dropout", "[0, 1)", "1")
     yield gru, (n_in, H), {"dropout": np.nan}, ValueError, ("dropout", "[0, 1)", "nan")
+    yield gru, (n_in, H), {"dropout": -0.1}, ValueError, ("dropout", "[0, 1)", "-0.1")
+    yield gru, (n_in, H), {"dropout": None}, TypeError, ("dropout", "a number", "None")
     yield gru, (n_in, H), {"dropout": "x"}, TypeError, ("dropout", "a number", "'x'")
     yield gru, (n_in, H), {"dtype": np.float16}, ValueError, ("dtype", "float32 or float64", "16")
     yield gru, (n_in, H), {"dtype": "wrong"}, ValueError, ("dtype", "float32 or float64", "wrong")
     yield gru, (n_in, H), {"dtype": None}, ValueError, ("dtype", "float32 or float64", "None")
     yield gru, (n_in, H), {"dtype": ">f4"}, ValueError, ("dtype", "float32 or float64", ">f4")
     yield fastrnn.RNN, (n_in, H, 1, "sine"), {}, ValueError, ("nonlinearity", "tanh, relu", "sine")
+    yield fastrnn.RNN, (n_in, H, 1, None), {}, ValueError, ("nonlinearity", "tanh, relu", "None")
+    lstm = fastrnn.LSTM
+    for size in (H, H + 1):
+        parts = "proj_size", f"less than hidden_size = {H}", str(size), "0 means no projection"
+        yield lstm, (n_in, H), {"proj_size": size}, ValueError, parts
+    yield lstm, (n_in, 1), {"proj_size": 1}, ValueError, ("proj_size", "hidden_size = 1", "got 1")
+    yield lstm, (n_in, H), {"proj_size": -1}, ValueError, ("proj_size", "at least 0", "-1")
+    yield lstm, (n_in, H), {"proj_size": 1.5}, TypeError, ("proj_size", "an integer", "1.5")
+    both = {"bidirectional": True, "merge": None}
+    yield lstm, (n_in, H), both, ValueError, ("merge", "concat, sum, mean", "None")
+    inits = "pytorch, glorot, identity"
+    yield lstm, (n_in, H), {"init": None}, ValueError, ("init", inits, "None")
+    yield lstm, (n_in, H), {"seed": -1}, ValueError, ("seed", "at least 0", "-1")
     yield fastrnn.Linear, (0, 1), {}, ValueError, ("in_features", "at least 1", "0")
     yield fastrnn.Linear, (1, "a"), {}, TypeError, ("out_features", "an integer", "'a'")
     yield fastrnn.Embedding, (0, 1), {}, ValueError, ("num_embeddings", "at least 1", "0")

@@ -260,6 +260,7 @@ BAD = [
     ([1, -2, 7], ValueError, "from 0 to T = 7, got -2"),
     ([1, 2], ValueError, r"expected shape \(B\) = \(3\), got \(2,\)"),
     ([1.0, 2.0, 3.0], TypeError, "expected integers or a boolean mask, got float64"),
+    ([1, None, 3], TypeError, "expected an array of numbers, got dtype object"),
     (np.arange(7)[:, None] >= np.arange(3), ValueError, "sequence 1; move the padding to the end"),
     (np.ones((3, 7), bool), ValueError, r"expected shape \(T, B\) = \(7, 3\), got \(3, 7\)"),
 ]
@@ -281,6 +282,32 @@ def test_what_lengths_may_be(lengths, error, words):
     gru = fastrnn.GRU(5, 6)
     with pytest.raises(error, match="lengths: .*" + words):
         gru(np.zeros((7, 3, 5), np.float32), lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "words"),
+    [
+        (8, ValueError, "from 0 to T = 7, got 8"),
+        (-1, ValueError, "from 0 to T = 7, got -1"),
+        (2.0, TypeError, "expected integers or a boolean mask, got float64"),
+        (np.arange(7) != 3, ValueError, "sequence 0; move the padding to the end"),
+    ],
+    ids=str,
+)
+def test_what_the_length_of_one_sequence_may_be(lengths, error, words):
+    gru = fastrnn.GRU(5, 6)
+    with pytest.raises(error, match="lengths: .*" + words):
+        gru(np.zeros((7, 5), np.float32), lengths=lengths)
+
+
+def test_what_a_mask_with_the_batch_first_may_be():
+    gru = fastrnn.GRU(5, 6, batch_first=True)
+    x, mask = np.zeros((3, 7, 5), np.float32), np.ones((3, 7), bool)
+    with pytest.raises(ValueError, match=r"lengths: expected shape \(B, T\) = \(3, 7\)"):
+        gru.forward(x, lengths=mask.T)
+    mask[2, :2] = False
+    with pytest.raises(ValueError, match=r"lengths: .* sequence 2; move the padding to the end"):
+        gru.forward(x, lengths=mask)
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=8))
