@@ -12,6 +12,7 @@ from helpers import threads as use_threads
 from hypothesis import HealthCheck, settings
 
 import fastrnn
+from fastrnn import crew, parallel
 
 # The first use of a kernel compiles it, which no deadline allows for.
 settings.register_profile(
@@ -46,6 +47,17 @@ def threads():
     """`threads(2)` cuts every call of this test from here on into two parts."""
     with use_threads(1):
         yield fastrnn.set_num_threads
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """A new pool of up to two threads beside the caller; it must come out whole."""
+    monkeypatch.setattr(parallel, "_threads", 3)
+    monkeypatch.setattr(parallel, "_pool", parallel._Pool())
+    yield parallel._pool
+    assert len(parallel._pool._free) == parallel._pool._started
+    for thread in parallel._pool._free:
+        assert thread.slot[crew.STATE] == 0
 
 
 def _poisoned(function):

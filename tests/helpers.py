@@ -109,6 +109,22 @@ def same(got, want, name=""):
     assert not len(wrong), f"{name}: {len(wrong)} of {got.size} elements differ, first {wrong[:3]}"
 
 
+def check_slopes(model, tokens, targets, rng, *, seed):
+    """Assert that a model's gradients are the slopes of its loss, each parameter's along a line."""
+    _, grads, _ = model.loss_and_grads(tokens, targets, seed=seed)
+    assert grads.keys() == model.params.keys()
+    for key, value in model.params.items():
+        direction, start = rng.standard_normal(value.shape), value.copy()
+        found = []
+        for sign in (1, -1):
+            value[...] = start + sign * 1e-6 * direction
+            found.append(model.loss_and_grads(tokens, targets, seed=seed)[0])
+        value[...] = start
+        slope = np.vdot(grads[key], direction)
+        assert abs(slope) > 1e-6, key
+        assert (found[0] - found[1]) / 2e-6 == pytest.approx(slope, rel=1e-4), key
+
+
 def same_results(got, want):
     """Assert that two dicts of arrays have the same bits."""
     assert got.keys() == want.keys()

@@ -53,17 +53,6 @@ def meet(part, parts, place, wrong, seen):
     seen[part] += parts
 
 
-@pytest.fixture
-def pool(monkeypatch):
-    """A new pool of up to two threads beside the caller; it must come out whole."""
-    monkeypatch.setattr(parallel, "_threads", 3)
-    monkeypatch.setattr(parallel, "_pool", parallel._Pool())
-    yield parallel._pool
-    assert len(parallel._pool._free) == parallel._pool._started
-    for thread in parallel._pool._free:
-        assert thread.slot[crew.STATE] == 0
-
-
 def counted(parts, turns=0):
     seen = np.zeros(parts)
     parallel.run(count_long, parts, turns, seen)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import agree, as_parts, same, same_results, threads
+from helpers import agree, as_parts, check_slopes, same, same_results, threads
 
 import fastrnn
 from fastrnn import units
@@ -67,19 +67,7 @@ def text(rng):
 @each_embedding
 def test_gradients_by_finite_differences(case, embedding, rng):
     model = new(case, embedding)
-    tokens, targets = text(rng)
-    _, grads, _ = model.loss_and_grads(tokens, targets, seed=5)
-    assert grads.keys() == model.params.keys()
-    for key, value in model.params.items():
-        direction, start = rng.standard_normal(value.shape), value.copy()
-        found = []
-        for sign in (1, -1):
-            value[...] = start + sign * 1e-6 * direction
-            found.append(model.loss_and_grads(tokens, targets, seed=5)[0])
-        value[...] = start
-        slope = np.vdot(grads[key], direction)
-        assert abs(slope) > 1e-6, key
-        assert (found[0] - found[1]) / 2e-6 == pytest.approx(slope, rel=1e-4), key
+    check_slopes(model, *text(rng), rng, seed=5)
 
 
 @each_case

@@ -426,15 +426,6 @@ class Recorder:
             self.ended.append((part, parts))
 
 
-@pytest.fixture
-def pool(monkeypatch):
-    """A new pool of up to two threads beside the caller; it must come out whole."""
-    monkeypatch.setattr(parallel, "_threads", 3)
-    monkeypatch.setattr(parallel, "_pool", parallel._Pool())
-    yield parallel._pool
-    assert len(parallel._pool._free) == parallel._pool._started
-
-
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
 def test_every_part_runs_once(pool, parts):
     for _ in range(50):
