@@ -159,6 +159,37 @@ def test_a_picture_of_the_flow(rng):
         plot.gradient_flow(flow[0, 0])
 
 
+def drawn(flow, **options):
+    return plot.gradient_flow(flow, **options).get_lines()[0].get_ydata()
+
+
+def test_a_gradient_that_has_vanished_counts_in_the_picture():
+    pytest.importorskip("matplotlib")
+    flow = np.ones((1, 3, 4))
+    flow[0, 0, :3] = 0
+    flow[0, 1] = 0
+    # A step that nothing comes back to has no logarithm.
+    np.testing.assert_array_equal(drawn(flow), [0.5, np.nan, 1])
+    np.testing.assert_array_equal(drawn(flow[:, :, 3]), [1, np.nan, 1])
+
+
+def test_a_picture_of_sequences_of_several_lengths():
+    pytest.importorskip("matplotlib")
+    lengths = np.array([3, 1, 0, 2])
+    mask = np.arange(3)[:, None] < lengths
+    flow = np.where(mask, 2.0, 0)[None]
+    flow[0, 0, 0] = 0
+    wanted = [np.sqrt(8 / 3), 2, 2]
+    np.testing.assert_allclose(drawn(flow, lengths=lengths), wanted)
+    np.testing.assert_allclose(drawn(flow, lengths=mask), wanted)
+    np.testing.assert_allclose(drawn(flow), np.sqrt([8 / 4, 8 / 4, 4 / 4]))
+    np.testing.assert_array_equal(drawn(np.ones((1, 3)), lengths=2), [1, 1, np.nan])
+    np.testing.assert_array_equal(drawn(np.ones((1, 3, 4)), lengths=[0] * 4), [np.nan] * 3)
+    for wrong in ([1, 2, 3], [1, 2, 3, 4], mask[1:]):
+        with pytest.raises(ValueError, match="lengths: expected"):
+            plot.gradient_flow(flow, lengths=wrong)
+
+
 def test_drawing_is_not_imported_before_it_is_asked_for():
     code = "import sys, fastrnn.plot; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
