@@ -27,7 +27,7 @@ from fastrnn.cells.cell import (
     tail_of,
     tape_of,
 )
-from fastrnn.checks import as_array, as_floats, as_tokens, check_in_place
+from fastrnn.checks import as_array, as_floats, as_tokens, check_in_place, check_shape
 from fastrnn.crew import divided
 from fastrnn.gemm import scratch
 from fastrnn.jit import helper, kernel
@@ -216,7 +216,7 @@ class Stepper:
     `stepper(x)` is one step: x (B, input_size), or (input_size,) if it was made without a batch;
     with `tokens`, integers (B,) or one. The result is the last layer's output, (B, H) or (H,): a
     new array, or `out`, which is then all that is written beside the state. Outputs and state have
-    the same bits as those of the layer.
+    the same bits as those of the layer. `reset` begins anew, also for some sequences only.
 
     Weights are those of the moment it was made; `refresh` takes over later ones. A stepper must not
     be used by two threads at once; make one for each.
@@ -338,9 +338,28 @@ class Stepper:
 
     @state.setter
     def state(self, state: Any) -> None:
-        size, run = self._layer.hidden_size, self._run
         axes = Axes(1, self._count, False, self._unbatched)
-        parts = self._first if state is None else self._layer._initial(state, axes)
-        self._h[...] = parts[0]
+        self._put(self._first if state is None else self._layer._initial(state, axes))
+
+    def reset(self, mask: Any = None) -> None:
+        """Begin anew where the mask is True, as `state = None` does for all.
+
+        mask   (B,) booleans, without a batch one; None: all
+        That is with the learned state if there is one; `resets` of the layer go on from zeros.
+        """
+        if mask is None:
+            self._put(self._first)
+            return
+        array = as_array("mask", mask)
+        if array.dtype != bool:
+            raise TypeError(f"mask: expected booleans, got {array.dtype}; write .astype(bool)")
+        shape, names = ((), "()") if self._unbatched else ((self._count,), "(B,)")
+        check_shape("mask", array, shape, names)
+        self._put(self._first, array.reshape(-1))
+
+    def _put(self, parts: list[np.ndarray], chosen: Any = slice(None)) -> None:
+        """The state of the chosen sequences, from that of all."""
+        size, run = self._layer.hidden_size, self._run
+        self._h[:, chosen] = parts[0][:, chosen]
         for i, value in enumerate(parts[1:]):
-            self._carry[:, :, i * run : i * run + size] = value
+            self._carry[:, chosen, i * run : i * run + size] = value[:, chosen]

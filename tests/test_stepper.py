@@ -53,6 +53,71 @@ def test_steps_are_those_of_the_layer(kind, dtype, batch, tokens, rng):
 
 
 @each_kind
+@each_dtype
+def test_a_reset_is_that_of_the_layer(kind, dtype, rng):
+    layer = kind(5, lanes(np.dtype(dtype)) + 1, 2, dtype=dtype, seed=1)
+    x = rng.standard_normal((7, 4, 5)).astype(dtype)
+    resets = rng.random((7, 4)) < 0.4
+    resets[3], resets[4], resets[5] = True, False, [True, False, False, True]
+    wanted, last = layer(x, resets=resets)
+    stepper = layer.stepper(4)
+    for t in range(7):
+        stepper.reset(resets[t])
+        same(stepper(x[t]), wanted[t])
+    for found, part in zip(parts(stepper.state), parts(last), strict=True):
+        same(found, part)
+    # What was not finite is gone, too.
+    stepper(np.full((4, 5), np.nan, dtype))
+    stepper.reset()
+    same(stepper(x[0]), layer(x[:1])[0][0])
+    alone = layer.stepper()
+    wanted, _ = layer(x[:, 0], resets=resets[:, 0])
+    for t in range(7):
+        alone.reset(resets[t, 0] if t % 2 else bool(resets[t, 0]))
+        same(alone(x[t, 0]), wanted[t])
+
+
+@each_kind
+def test_a_reset_begins_with_the_learned_state(kind, rng):
+    layer = kind(3, 17, 2, learned_state=True, seed=0)
+    for key, value in layer.params.items():
+        if key.startswith(("h_0", "c_0")):
+            value[...] = rng.standard_normal(value.shape)
+    x = rng.standard_normal((4, 3, 3)).astype("f4")
+    through, (anew, _) = layer(x)[0], layer(x[2:])
+    stepper = layer.stepper(3)
+    same(np.stack([stepper(x[0]), stepper(x[1])]), through[:2])
+    stepper.reset([False, True, False])
+    found = np.stack([stepper(x[2]), stepper(x[3])])
+    same(found[:, 1], anew[:, 1])
+    same(found[:, ::2], through[2:, ::2])
+    stepper.reset()
+    same(stepper(x[2]), anew[0])
+
+
+@pytest.mark.parametrize(
+    ("batch", "mask", "error", "words"),
+    [
+        (2, [0, 1], TypeError, "mask: expected booleans, got int64; write .astype(bool)"),
+        (2, [True], ValueError, "mask: expected shape (B,) = (2), got (1,)"),
+        (2, True, ValueError, "mask: expected shape (B,) = (2), got ()"),
+        (None, [True], ValueError, "mask: expected shape () = (), got (1,)"),
+        (None, 1, TypeError, "mask: expected booleans"),
+        (2, "all", TypeError, "mask: expected an array of numbers"),
+    ],
+)
+def test_a_wrong_mask_is_named_and_resets_nothing(batch, mask, error, words):
+    stepper = fastrnn.LSTM(2, 3, seed=0).stepper(batch)
+    stepper(np.ones((2,) if batch is None else (2, 2), "f4"))
+    before = stepper.state
+    with pytest.raises(error) as caught:
+        stepper.reset(mask)
+    assert str(caught.value).startswith(words)
+    for one, other in zip(stepper.state, before, strict=True):
+        same(one, other)
+
+
+@each_kind
 def test_threads_do_not_matter(kind, rng, threads):
     layer = kind(70, 130, 2, seed=0)
     x = rng.standard_normal((3, 40, 70)).astype("f4")
