@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,16 @@ def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return value
+
+
+def check_options(options: Mapping[str, Any], taken: Collection[str], owner: str) -> None:
+    """Names of options are those that `owner` has."""
+    for name, value in options.items():
+        if name not in taken:
+            raise TypeError(
+                f"{name}: expected an option that {owner} has ({', '.join(sorted(taken))}), "
+                f"got {name}={value!r:.100}"
+            )
 
 
 def as_array(name: str, value: Any) -> np.ndarray:

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from fastrnn.cells import Cell
-from fastrnn.checks import as_choice, as_dtype, as_number, as_seed, as_size, as_tokens
+from fastrnn.checks import (
+    as_choice,
+    as_dtype,
+    as_number,
+    as_seed,
+    as_size,
+    as_tokens,
+    check_options,
+)
 from fastrnn.dense import Embedding, Linear
 from fastrnn.dropout import dropout, rows_mask
 from fastrnn.layers import GRU, LSTM, RNN
@@ -78,13 +86,7 @@ class LanguageModel(Module):
         self.embedding_dropout = as_number("embedding_dropout", embedding_dropout, 0, 1)
         self.dtype = as_dtype(dtype)
         seeds = [int(s) for s in np.random.default_rng(as_seed(seed)).integers(2**63, size=3)]
-        taken = _options(self.cell)
-        for name, value in options.items():
-            if name not in taken:
-                raise TypeError(
-                    f"{name}: expected an option that cell={_name(self.cell)!r} has "
-                    f"({', '.join(sorted(taken))}), got {name}={value!r:.100}"
-                )
+        check_options(options, _options(self.cell), f"cell={_name(self.cell)!r}")
         self.embedding = None
         if self.embedding_size:
             self.embedding = Embedding(

@@ -13,15 +13,24 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from fastrnn.axes import Axes, read_input
 from fastrnn.budget import Work, piece_within, step_numbers
 from fastrnn.cells import Cell
-from fastrnn.checks import as_choice, as_dtype, as_floats, as_number, as_place, as_seed, as_size
+from fastrnn.checks import (
+    as_choice,
+    as_dtype,
+    as_floats,
+    as_number,
+    as_place,
+    as_seed,
+    as_size,
+    check_options,
+)
 from fastrnn.counter import stream
 from fastrnn.dropout import drop_weights, dropout
 from fastrnn.frozen import Frozen
@@ -91,6 +100,24 @@ class Saved:
         return layers
 
 
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+
+def _checking_names(init: _Init) -> _Init:
+    """`init`, which tells what the class takes where it has no such option."""
+    known = set(inspect.signature(init).parameters)
+
+    @functools.wraps(init)
+    def checked(self: Recurrent, *arguments: Any, **options: Any) -> None:
+        # Subclasses give the cell by position: by name it comes from their caller.
+        free = known - {"cell"} if arguments else known
+        unknown = {name: value for name, value in options.items() if name not in free}
+        check_options(unknown, {*self.defaults(), "seed"}, type(self).__name__)
+        init(self, *arguments, **options)
+
+    return cast(_Init, checked)
+
+
 class Recurrent(Module):
     """A stack of recurrent layers with PyTorch's names, shapes and parameter keys.
 
@@ -134,6 +161,7 @@ class Recurrent(Module):
     # Whether it is made for its shapes only: see `_plan`.
     _planned = False
 
+    @_checking_names
     def __init__(
         self,
         cell: Cell,
@@ -228,7 +256,7 @@ class Recurrent(Module):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """What may be chosen beside a cell, sizes and a seed: its names and defaults."""
+        """All that may be chosen but what has no default, and the seed: names and defaults."""
         found = {}
         for kind in reversed(cls.__mro__):
             if issubclass(kind, Recurrent):

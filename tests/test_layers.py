@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 import re
 import tracemalloc
@@ -317,6 +318,51 @@ def bad_layers():
 def test_bad_arguments_of_a_layer(kind, arguments, options, error, parts):
     with pytest.raises(error, match=says(*parts)):
         kind(*arguments, **options)
+
+
+@pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
+def test_an_option_that_a_layer_does_not_have_is_named(kind):
+    listed = f"({', '.join(sorted({*kind.defaults(), 'seed'}))})"
+    for name, value in {"hidden": 3, "device": "cpu", "wings": 2, "cell": "gru"}.items():
+        with pytest.raises(TypeError) as caught:
+            kind(n_in, H, **{name: value})
+        wanted = f"{name}: expected an option that {kind.__name__} has {listed}, "
+        assert str(caught.value) == f"{wanted}got {name}={value!r}"
+    for options in OPTIONS.values():
+        for name in set(options) - set(kind.defaults()):
+            with pytest.raises(TypeError, match=f"{name}: expected an option that {kind.__name__}"):
+                kind(n_in, H, **{name: options[name]})
+    for name, value in kind.defaults().items():
+        kind(n_in, H, **{name: value}, seed=1)
+
+
+def test_options_of_a_cell_of_ones_own():
+    cell = CELLS["gru"]
+    with pytest.raises(
+        TypeError, match=r"reset_after: expected an option that Recurrent has \(batch"
+    ):
+        fastrnn.Recurrent(cell, n_in, H, reset_after=False)
+    layer = fastrnn.Recurrent(cell=cell, input_size=n_in, hidden_size=H, num_layers=2, seed=3)
+    assert (layer.input_size, layer.hidden_size, layer.num_layers) == (n_in, H, 2)
+
+    class Own(fastrnn.Recurrent):
+        def __init__(self, size, *, wings=2, **options):
+            super().__init__(cell=cell, input_size=size, hidden_size=size, **options)
+
+    assert Own(3, zoneout=0.5, wings=1).zoneout == 0.5
+    with pytest.raises(TypeError, match=r"feet: expected an option that Own has \(.*wings.*feet=4"):
+        Own(3, feet=4)
+    with pytest.raises(TypeError, match="multiple values"):
+        fastrnn.Recurrent(cell, n_in, H, hidden_size=3)
+
+
+def test_signatures_tell_what_may_be_given():
+    known = inspect.signature(fastrnn.Recurrent).parameters
+    assert list(known)[:4] == ["cell", "input_size", "hidden_size", "num_layers"]
+    assert {"merge", "zoneout", "dtype", "seed"} <= known.keys()
+    assert not any(of.kind in (of.VAR_KEYWORD, of.VAR_POSITIONAL) for of in known.values())
+    own = inspect.signature(fastrnn.LSTM).parameters
+    assert {"input_size", "dropout", "proj_size", "cell_clip", "forget_bias"} <= own.keys()
 
 
 def bad_inputs():
