@@ -68,6 +68,12 @@ class Axes(NamedTuple):
         array = as_array("lengths", value)
         if array.dtype == bool:
             return mask_lengths(self.flags("lengths", array))
+        # One number of one sequence of one step means the same either way.
+        if array.ndim == 2 or array.shape == self.shape() != (1,):
+            raise TypeError(
+                f"lengths: expected a mask {self.names()} of booleans, got {array.dtype}; "
+                "write .astype(bool)"
+            )
         return as_lengths(array.reshape(-1) if self.unbatched else array, self.steps, self.batch)
 
     def resets(self, value: Any) -> np.ndarray | None:

@@ -194,7 +194,10 @@ def as_flags(name: str, value: Any) -> np.ndarray:
     """Booleans, also as the numbers 0 and 1."""
     array = as_array(name, value)
     if not ((array == 0) | (array == 1)).all():
-        raise ValueError(f"{name}: expected True or False (1 or 0), got other numbers")
+        raise ValueError(
+            f"{name}: expected True or False (1 or 0), got other numbers; "
+            "write .astype(bool) where all but 0 mean True"
+        )
     return array.astype(bool)
 
 

@@ -11,6 +11,7 @@ batch, or by `first_step` and `sequences`.)
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping

@@ -271,10 +271,11 @@ def test_what_resets_may_be():
     x = np.zeros((7, 3, 5), np.float32)
     with pytest.raises(ValueError, match=r"resets: expected shape \(T, B\) = \(7, 3\)"):
         gru(x, resets=np.zeros(7, bool))
-    with pytest.raises(ValueError, match="resets: expected True or False"):
+    with pytest.raises(ValueError, match=r"resets: expected True or False.*write \.astype\(bool\)"):
         gru(x, resets=np.full((7, 3), 2))
     numbers = np.arange(21).reshape(7, 3) % 4 == 0
-    same(gru(x, resets=numbers.astype(float))[0], gru(x, resets=numbers)[0])
+    for kind in (int, float, np.uint8):
+        same(gru(x, resets=numbers.astype(kind))[0], gru(x, resets=numbers)[0])
 
 
 @pytest.mark.parametrize(("lengths", "error", "words"), BAD, ids=str)
@@ -308,6 +309,26 @@ def test_what_a_mask_with_the_batch_first_may_be():
     mask[2, :2] = False
     with pytest.raises(ValueError, match=r"lengths: .* sequence 2; move the padding to the end"):
         gru.forward(x, lengths=mask)
+
+
+@pytest.mark.parametrize("kind", [int, np.uint8, np.float32])
+def test_a_mask_of_numbers_is_to_be_made_boolean(kind):
+    mask = np.arange(7)[:, None] < np.array([7, 2, 0])
+    x, words = np.zeros((7, 3, 5), np.float32), r"booleans, got \w+; write \.astype\(bool\)$"
+    gru, first = fastrnn.GRU(5, 6, seed=0), fastrnn.GRU(5, 6, batch_first=True, seed=0)
+    with pytest.raises(TypeError, match=r"lengths: expected a mask \(T, B\) of " + words):
+        gru(x, lengths=mask.astype(kind))
+    with pytest.raises(TypeError, match=r"lengths: expected a mask \(B, T\) of " + words):
+        first(x.swapaxes(0, 1), lengths=mask.T.astype(kind))
+    with pytest.raises(TypeError, match=r"lengths: expected a mask \(T\) of " + words):
+        gru(x[:, 0], lengths=mask[:, 0].astype(kind))
+    same(gru(x, lengths=mask.astype(kind).astype(bool))[0], gru(x, lengths=mask)[0])
+    # As many steps as sequences: numbers are lengths.
+    same(
+        gru(x[:3], lengths=[1, 1, 0])[0],
+        gru(x[:3], lengths=np.array([[1, 1, 0], *[[0] * 3] * 2]) > 0)[0],
+    )
+    same(gru(x[:1, 0], lengths=[1])[0], gru(x[:1, 0])[0])
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=8))
