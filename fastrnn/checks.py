@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -52,6 +53,8 @@ def as_number(name: str, value: Any, low: float, high: float, *, open_low: bool 
     """A finite number in [low, high), or in (low, high) with `open_low`."""
     try:
         number = float(value)
+    except OverflowError:
+        number = math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {value!r}") from None
     if not (low < number < high or (number == low and not open_low)):
@@ -62,7 +65,7 @@ def as_number(name: str, value: Any, low: float, high: float, *, open_low: bool 
 
 def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of a few words."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return value
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastrnn.cells import CELLS, gru_norm, lstm, lstm_norm
-from fastrnn.checks import as_choice, as_dtype, as_number
+from fastrnn.checks import as_choice, as_dtype, as_number, as_size
 from fastrnn.recurrent import Recurrent
 
 
@@ -125,7 +125,7 @@ class LSTM(Recurrent):
             peephole=self.peephole,
             coupled=self.coupled,
             clip=cell_clip is not None,
-            projected=proj_size != 0,
+            projected=as_size("proj_size", proj_size, 0) != 0,
         )
         self.layer_norm = bool(layer_norm)
         if layer_norm:

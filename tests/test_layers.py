@@ -307,6 +307,12 @@ def bad_layers():
     yield lstm, (n_in, H), both, ValueError, ("merge", "concat, sum, mean", "None")
     inits = "pytorch, glorot, identity"
     yield lstm, (n_in, H), {"init": None}, ValueError, ("init", inits, "None")
+    several = np.array(["sum", "mean"])
+    yield lstm, (n_in, H), both | {"merge": several}, ValueError, ("merge", "concat, sum", "array")
+    alone = np.array(["tanh"])
+    yield fastrnn.RNN, (n_in, H, 1, alone), {}, ValueError, ("nonlinearity", "tanh, relu", "array")
+    yield lstm, (n_in, H), {"proj_size": several}, TypeError, ("proj_size", "an integer", "array")
+    yield gru, (n_in, H), {"zoneout": 10**400}, ValueError, ("zoneout", "[0, 1)", "1000")
     yield lstm, (n_in, H), {"seed": -1}, ValueError, ("seed", "at least 0", "-1")
     yield fastrnn.Linear, (0, 1), {}, ValueError, ("in_features", "at least 1", "0")
     yield fastrnn.Linear, (1, "a"), {}, TypeError, ("out_features", "an integer", "'a'")
