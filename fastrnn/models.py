@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -58,7 +57,7 @@ class LanguageModel(Module):
                     +-4/sqrt(H), with a projection +-4/sqrt(P)
     options         of the layers: those of `Recurrent` and of `LSTM`, `GRU` or `RNN`, but for
                     batch_first, bidirectional and merge. input_dropout needs an embedding;
-                    locked_dropout is also that before the logits
+                    locked_dropout is also that before the logits, and needs one or the other
 
     `params` has the keys of the parts after "embedding.", "rnn." and "head.".
     """
@@ -92,8 +91,9 @@ class LanguageModel(Module):
             self.embedding = Embedding(
                 vocab_size, self.embedding_size, dtype=self.dtype, seed=seeds[0]
             )
-        kind: Any = functools.partial(Recurrent, cell) if isinstance(cell, Cell) else _KINDS[cell]
-        self.rnn: Recurrent = kind(
+        own = (cell,) if isinstance(cell, Cell) else ()
+        self.rnn = _kind(cell)._before_dropout(
+            *own,
             self.embedding_size or vocab_size,
             hidden_size,
             num_layers,
@@ -254,10 +254,13 @@ def _name(cell: str | Cell) -> str:
     return cell.name if isinstance(cell, Cell) else cell
 
 
+def _kind(cell: str | Cell) -> type[Recurrent]:
+    return Recurrent if isinstance(cell, Cell) else _KINDS[cell]
+
+
 def _options(cell: str | Cell) -> dict[str, Any]:
     """The options of a model that its layers take, and their defaults."""
-    kind = Recurrent if isinstance(cell, Cell) else _KINDS[cell]
-    return {name: v for name, v in kind.defaults().items() if name not in _NOT_PASSED_ON}
+    return {name: v for name, v in _kind(cell).defaults().items() if name not in _NOT_PASSED_ON}
 
 
 def _shapes(

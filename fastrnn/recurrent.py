@@ -14,6 +14,8 @@ import copy
 import functools
 import inspect
 import itertools
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -101,6 +103,14 @@ class Saved:
         return layers
 
 
+def _callers_level() -> int:
+    """The `stacklevel` of a warning that is about the call into this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == "fastrnn":
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
@@ -139,9 +149,11 @@ class Recurrent(Module):
 
     In training, that is in `forward`, each a probability, with masks that are drawn anew each time:
 
-    dropout            of what goes from layer to layer (Zaremba et al. 2014, arXiv:1409.2329)
+    dropout            of what goes from layer to layer (Zaremba et al. 2014, arXiv:1409.2329); with
+                       one layer that is nothing, which is warned of, as PyTorch does
     input_dropout      of x
-    locked_dropout     True: these two have one mask for all steps of a sequence
+    locked_dropout     True: these two, one of which it needs, have one mask for all steps of a
+                       sequence
     recurrent_dropout  of h wherever it enters a product, one mask for all steps (Gal and Ghahramani
                        2016, arXiv:1512.05287)
     weight_dropout     of weight_hh (Merity et al. 2018, arXiv:1708.02182)
@@ -161,6 +173,8 @@ class Recurrent(Module):
     _packed: dict[tuple, dict] | None = None
     # Whether it is made for its shapes only: see `_plan`.
     _planned = False
+    # Whether it is part of a model that drops its output, too: see `_before_dropout`.
+    _followed = False
 
     @_checking_names
     def __init__(
@@ -220,6 +234,11 @@ class Recurrent(Module):
         self.dropout = as_number("dropout", dropout, 0, 1)
         self.input_dropout = as_number("input_dropout", input_dropout, 0, 1)
         self.locked_dropout = bool(locked_dropout)
+        if self.locked_dropout and not (self.dropout or self.input_dropout):
+            raise ValueError(
+                "locked_dropout: expected dropout or input_dropout beside it, to lock their masks, "
+                f"got locked_dropout={locked_dropout!r} alone"
+            )
         self.recurrent_dropout = as_number("recurrent_dropout", recurrent_dropout, 0, 1)
         self.weight_dropout = as_number("weight_dropout", weight_dropout, 0, 1)
         self.zoneout = as_number("zoneout", zoneout, 0, 1)
@@ -232,8 +251,15 @@ class Recurrent(Module):
             )
         self.dtype = as_dtype(dtype)
         seed = as_seed(seed)
-        if not self._planned:
-            self._begin(np.random.default_rng(seed))
+        if self._planned:
+            return
+        if self.dropout and self.num_layers == 1 and not self._followed:
+            warnings.warn(
+                f"dropout: acts between layers only, got dropout={dropout} with num_layers=1, "
+                "where it changes nothing",
+                stacklevel=_callers_level(),
+            )
+        self._begin(np.random.default_rng(seed))
 
     def _begin(self, random: np.random.Generator) -> None:
         """Draw the initial weights."""
@@ -254,6 +280,14 @@ class Recurrent(Module):
         layer._planned = True
         cls.__init__(layer, *arguments, **options)
         return {key: shape for key, (_, shape) in layer._all_shapes().items()}
+
+    @classmethod
+    def _before_dropout(cls, *arguments: Any, **options: Any) -> Recurrent:
+        """A layer of a model that drops its output, too: there, `dropout` acts with one layer."""
+        layer = cls.__new__(cls)
+        layer._followed = True
+        cls.__init__(layer, *arguments, **options)
+        return layer
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

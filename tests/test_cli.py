@@ -403,8 +403,12 @@ RICH = [
         {"layer_norm": True, "init": "glorot", "weight_dropout": 0.1, "input_dropout": 0.2},
     ),
     (
-        ("--cell", "gru", "--reset-before", "--embedding-dropout", "0.3", "--locked-dropout"),
-        {"cell": "gru", "reset_after": False, "embedding_dropout": 0.3, "locked_dropout": True},
+        ("--cell", "gru", "--reset-before", "--embedding-dropout", "0.3"),
+        {"cell": "gru", "reset_after": False, "embedding_dropout": 0.3},
+    ),
+    (
+        ("--cell", "gru", "--dropout", "0.2", "--locked-dropout"),
+        {"cell": "gru", "dropout": 0.2, "locked_dropout": True},
     ),
 ]
 
@@ -509,6 +513,7 @@ BAD_OPTIONS = [
     (("--input-dropout", "1", "--embedding", "8"), ("--input-dropout: expected a number",)),
     (("--input-dropout", "0.1", "--embedding", "0"), ("--input-dropout: expected 0 without",)),
     (("--embedding-dropout", "0.1", "--embedding", "0"), ("--embedding-dropout: expected 0",)),
+    (("--locked-dropout",), ("--locked-dropout: expected dropout or input_dropout beside it",)),
     (("--recurrent-dropout", "much"), ("--recurrent-dropout", "'much'")),
     (("--proj", "100"), ("--proj: expected less than hidden_size",)),
     (("--proj", "4", "--cell", "gru"), ("--proj: expected 0, since this cell has no projection",)),

@@ -239,6 +239,8 @@ def results(layer, x, state, given, d_output, d_state, *, flow=True):
 def check(form, options, call, number):
     (kind, own), dtype = form
     options = {**options, **own}
+    options["dropout"] *= options["num_layers"] > 1
+    options["locked_dropout"] &= options["dropout"] + options["input_dropout"] > 0
     if options["bidirectional"]:
         options["merge"] = call["merge"]
     if call["inputs"] != "features":

@@ -239,8 +239,8 @@ def test_repr():
     assert repr(fastrnn.LSTM(3, 4, **options)) == wanted
     wanted = "RNN(3, 4, num_layers=1, init='identity', nonlinearity='relu', dtype=float32)"
     assert repr(fastrnn.RNN(3, 4, 1, "relu", init="identity")) == wanted
-    wanted = "GRU(3, 4, num_layers=1, bias=False, dropout=0.5, reset_after=False, dtype=float32)"
-    assert repr(fastrnn.GRU(3, 4, 1, False, False, 0.5, reset_after=False)) == wanted
+    wanted = "GRU(3, 4, num_layers=2, bias=False, dropout=0.5, reset_after=False, dtype=float32)"
+    assert repr(fastrnn.GRU(3, 4, 2, False, False, 0.5, reset_after=False)) == wanted
     own = fastrnn.Recurrent(CELLS["gru"], 3, 4, zoneout=0.1)
     assert repr(own) == "Recurrent(gru, 3, 4, num_layers=1, zoneout=0.1, dtype=float32)"
 
@@ -784,8 +784,41 @@ def test_dropout_is_for_training_and_draws_anew():
     again = fastrnn.GRU(n_in, H, 2, dropout=0.5, seed=0)
     same(again.forward(x)[0], first)
     same(again.forward(x)[0], second)
-    one_layer = fastrnn.GRU(n_in, H, dropout=0.5, seed=0)
+    with pytest.warns(UserWarning, match="dropout: acts between layers only"):
+        one_layer = fastrnn.GRU(n_in, H, dropout=0.5, seed=0)
     same(one_layer.forward(x)[0], one_layer(x)[0])
+
+
+@pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
+def test_dropout_that_acts_on_nothing_is_warned_of_where_it_was_chosen(kind):
+    class Own(kind):
+        pass
+
+    words = r"dropout: acts between layers only, got dropout=0.5 with num_layers=1"
+    makers = [
+        lambda: kind(n_in, H, dropout=0.5),
+        lambda: Own(n_in, H, 1, dropout=0.5, input_dropout=0.5),
+        lambda: fastrnn.Recurrent(CELLS["gru"], n_in, H, dropout=0.5),
+    ]
+    for make in makers:
+        with pytest.warns(UserWarning, match=words) as caught:
+            layer = make()
+        assert [warning.filename for warning in caught] == [__file__]
+        assert caught[0].lineno == make.__code__.co_firstlineno
+        assert layer.dropout == 0.5
+    # Warnings are errors here.
+    kind(n_in, H, 2, dropout=0.5)
+    kind(n_in, H, input_dropout=0.5)
+    kind._plan(n_in, H, dropout=0.5)
+
+
+@pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
+def test_masks_that_nobody_draws_cannot_be_locked(kind):
+    for options in ({}, {"recurrent_dropout": 0.5, "weight_dropout": 0.5, "zoneout": 0.5}):
+        with pytest.raises(ValueError, match="locked_dropout: expected dropout or input_dropout"):
+            kind(n_in, H, 2, locked_dropout=True, **options)
+    for name in ("dropout", "input_dropout"):
+        assert kind(n_in, H, 2, locked_dropout=True, **{name: 0.5}).locked_dropout
 
 
 # Linear and Embedding
@@ -1334,7 +1367,8 @@ def test_options_take_what_they_say(options):
 )
 def test_a_training_step_takes_what_it_says(kind, sizes, both, dtype):
     steps, batch, *shape = sizes
-    layer = kind(*shape, dropout=0.5, bidirectional=both, dtype=dtype, seed=0)
+    p = 0.5 if shape[2] > 1 else 0
+    layer = kind(*shape, dropout=p, bidirectional=both, dtype=dtype, seed=0)
     most, said, _ = taken(layer, steps, batch)
     assert most == pytest.approx(said, rel=0.05)
 
@@ -1344,7 +1378,8 @@ def test_a_training_step_takes_what_it_says(kind, sizes, both, dtype):
 @pytest.mark.parametrize("sizes", [(128, 32, 64, 128, 1), (300, 16, 1, 96, 3)], ids=str)
 def test_a_step_in_pieces_takes_what_it_says(kind, sizes, both):
     steps, batch, *shape = sizes
-    layer = kind(*shape, dropout=0.5, bidirectional=both, seed=0)
+    p = 0.5 if shape[2] > 1 else 0
+    layer = kind(*shape, dropout=p, bidirectional=both, seed=0)
     most, said, whole = taken(layer, steps, batch, checkpoint_every=20)
     assert most == pytest.approx(said, rel=0.1)
     assert said < 0.7 * whole

@@ -73,6 +73,21 @@ def test_same_bits(rng):
     same(model(tokens)[0], plain(tokens)[0])
 
 
+def test_dropout_of_one_layer_acts_before_the_logits(rng):
+    tokens, targets = text(rng)
+    losses = set()
+    # Warnings are errors here.
+    for options in ({}, {"dropout": 0.5}, {"dropout": 0.5, "locked_dropout": True}):
+        model = new(num_layers=1, **options)
+        again = model_from_config(model.config(), dict(model.params))
+        assert again.config() == model.copy().config() == model.config()
+        losses.add(model.loss_and_grads(tokens, targets, seed=3)[0])
+        assert again.loss_and_grads(tokens, targets, seed=3)[0] in losses
+    assert len(losses) == 3
+    with pytest.raises(ValueError, match="locked_dropout: expected dropout or input_dropout"):
+        new(embedding_dropout=0.5, locked_dropout=True)
+
+
 def test_sampling_expects_zoneout(rng):
     model = new(zoneout=0.4)
     tokens, _ = text(rng)
