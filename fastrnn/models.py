@@ -185,6 +185,8 @@ class LanguageModel(Module):
         *,
         seed: int = 0,
         grads: Params | None = None,
+        checkpoint_every: int | None = None,
+        budget_mb: float | None = None,
     ) -> tuple[float, Params, State]:
         """One piece of truncated backpropagation through time.
 
@@ -194,6 +196,8 @@ class LanguageModel(Module):
         seed             of all that is drawn: layer l uses seed + l, the embedding seed + 254, the
                          head seed + 255
         grads            gradients to add to; zeros by default
+        checkpoint_every, budget_mb   less memory for more time, see `Recurrent.forward`; the budget
+                         is that of the recurrent layers alone. Same bits
         Returns the mean loss in nats, the gradients by the keys of `params`, the state after.
         """
         grads = new_grads(self.params, grads)
@@ -211,7 +215,14 @@ class LanguageModel(Module):
                 x = x * kept[ids]
             else:
                 vectors = vectors * kept
-        y, state, saved = self.rnn.forward(x, state, seed=seed, vectors=vectors)
+        y, state, saved = self.rnn.forward(
+            x,
+            state,
+            seed=seed,
+            vectors=vectors,
+            checkpoint_every=checkpoint_every,
+            budget_mb=budget_mb,
+        )
         if self.dropout:
             dropped = empty(y.shape, self.dtype)
             locked = self.rnn.locked_dropout

@@ -283,6 +283,56 @@ def test_a_model_of_ones_own_cell_is_trained():
     assert whole.loss < new("own").loss_and_grads(tokens[:8, None], tokens[1:9, None])[0]
 
 
+@each_case
+@pytest.mark.parametrize(
+    ("embedding", "few"), [(0, 0), (E, 0), (E, 10**6)], ids=["tokens", "rows", "table"]
+)
+def test_pieces_of_less_memory_give_the_same_bits(case, embedding, few, rng, monkeypatch):
+    # Through a table of vectors, or one for each step.
+    monkeypatch.setattr("fastrnn.models._FEW", few)
+    model = new(case, embedding, dropout=0.3, dtype=DTYPES.get(case, np.float64))
+    tokens, targets = rng.integers(V, size=(2, 7, B))
+    state = None if model.rnn.learned_state else model(tokens)[1]
+
+    def train(**options):
+        loss, grads, final = model.loss_and_grads(tokens, targets, state, seed=3, **options)
+        return grads | {str(i): part for i, part in enumerate((np.array(loss), *as_parts(final)))}
+
+    pieces = []
+    forward = model.rnn.forward
+
+    def counted(*arguments, **options):
+        found = forward(*arguments, **options)
+        pieces.append(len(found[2].pieces))
+        return found
+
+    monkeypatch.setattr(model.rnn, "forward", counted)
+    want = train()
+    for options in ({"checkpoint_every": 1}, {"checkpoint_every": 3}, {"checkpoint_every": 9}):
+        same_results(train(**options), want)
+    inputs = bool(few) or not embedding
+    most = model.rnn.training_bytes(7, B, checkpoint_every=4, tokens=inputs)
+    same_results(train(budget_mb=most / 1e6), want)
+    assert pieces[:4] == [1, 7, 3, 1]
+    assert pieces[4] > 1
+
+
+def test_bad_pieces_are_named(rng):
+    model = LanguageModel(V, H)
+    tokens, targets = rng.integers(V, size=(2, T, B))
+    bad = [
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every: expected at least 1, got 0"),
+        ({"checkpoint_every": 1.5}, TypeError, "checkpoint_every: expected an integer, got 1.5"),
+        ({"budget_mb": 0}, ValueError, "budget_mb: expected a number in (0, inf), got 0"),
+        ({"budget_mb": 1e-9}, ValueError, "budget_mb: expected"),
+        ({"budget_mb": 9, "checkpoint_every": 2}, ValueError, "budget_mb: expected None beside"),
+    ]
+    for options, error, message in bad:
+        with pytest.raises(error) as caught:
+            model.loss_and_grads(tokens, targets, **options)
+        assert str(caught.value).startswith(message)
+
+
 # Arguments
 
 
