@@ -1,7 +1,7 @@
 """What each option of a layer costs: the time of a step, over that of the plain layer.
 
     python -m bench.options [--cases speech,medium] [--cells lstm,gru] [--rounds 7]
-                            [--mode inference] [--dtype float64] [--scaling]
+                            [--mode inference] [--dtype float64] [--scaling] [--only zoneout,resets]
     python -m bench.options --lengths          # T200 B64 I64 H128, lengths uniform in 10 to 200
     python -m bench.options --memory 256       # T = 100,000, one sequence, H = 128, within 256 MB
 
@@ -224,6 +224,7 @@ def _compare(options: argparse.Namespace) -> None:
                 for name, option in OPTIONS.items()
                 if cell in option.cells.split(",")
                 and not (option.trained and options.mode == "inference")
+                and (options.only is None or name in {PLAIN, DEEP, *options.only.split(",")})
             ]
             found = race(names, cell, case, options)
             print(f"{case} {cell}: plain {1e3 * found[PLAIN, threads]:.2f} ms")
@@ -289,12 +290,16 @@ def main() -> int:
     parser.add_argument("--mode", default="training", choices=("training", "inference"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
     parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--only", metavar="OPTIONS")
     parser.add_argument("--lengths", action="store_true")
     parser.add_argument("--memory", type=float, metavar="MB")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.15)
     options = parser.parse_args()
+    unknown = set((options.only or PLAIN).split(",")) - set(OPTIONS)
+    if unknown:
+        parser.error(f"--only: expected some of {', '.join(OPTIONS)}, got {', '.join(unknown)}")
     if options.memory is not None:
         for cell in options.cells.split(","):
             # What one has had, the next would find.

@@ -143,7 +143,7 @@ def test_shared_where_it_helps(met):
         assert met == [("forward_slice", 2)] * 2
         lstm(np.zeros((2, 2, 4), np.float32))
         wide(np.zeros((2, 64, 4), np.float32))
-        layers.LSTM(4, 128, seed=0)(np.zeros((2, 1, 4), np.float32))
+        layers.LSTM(4, 64, seed=0)(np.zeros((2, 1, 4), np.float32))
         assert len(met) == 2
 
 
