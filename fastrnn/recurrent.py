@@ -598,7 +598,7 @@ class Recurrent(Module):
                 last=layer == self.num_layers - 1,
             )
             if look:
-                gates |= self._inside(layer, made, axes)
+                gates |= self._inside(layer, made, axes, copied=training)
             if training:
                 saved.append(made)
             finals += last
@@ -630,14 +630,20 @@ class Recurrent(Module):
             dropout(x, p, seed, y, piece, locked=self.locked_dropout, drawing=drawing)
         return dropped
 
-    def _inside(self, layer: int, made: Made, axes: Axes) -> dict[str, np.ndarray]:
-        """Gates and states of all steps of a layer, by name."""
+    def _inside(self, layer: int, made: Made, axes: Axes, *, copied: bool) -> dict[str, np.ndarray]:
+        """Gates and states of all steps of a layer, by name.
+
+        copied  although they lie as they should: backward works in that memory
+        """
         found = {}
         for end, side in zip(self._ends, made.kept or (), strict=True):
             own = side.inside(self.cell, self.hidden_size) | {"h": side.output}
             for name, rows in own.items():
-                array = np.zeros((axes.steps * axes.batch, rows.shape[1]), self.dtype)
-                side.layout.scatter(rows, array)
+                # The output is the caller's to change.
+                array = rows
+                if copied or name == "h" or not side.layout.plain:
+                    array = np.zeros((axes.steps * axes.batch, rows.shape[1]), self.dtype)
+                    side.layout.scatter(rows, array)
                 array = array.reshape(axes.steps, axes.batch, -1)
                 found[f"{name}_l{layer}{end}"] = axes.outward(array)
         return found
