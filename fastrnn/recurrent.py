@@ -641,10 +641,11 @@ class Recurrent(Module):
             for name, rows in own.items():
                 # The output is the caller's to change.
                 array = rows
-                if copied or name == "h" or not side.layout.plain:
-                    array = np.zeros((axes.steps * axes.batch, rows.shape[1]), self.dtype)
+                total = axes.steps * axes.batch
+                if copied or name == "h" or not side.layout.plain or len(rows) < total:
+                    array = np.zeros((total, rows.shape[1]), self.dtype)
                     side.layout.scatter(rows, array)
-                array = array.reshape(axes.steps, axes.batch, -1)
+                array = array.reshape(axes.steps, axes.batch, rows.shape[1])
                 found[f"{name}_l{layer}{end}"] = axes.outward(array)
         return found
 
@@ -696,7 +697,7 @@ class Recurrent(Module):
             axes.batch,
             axes.steps * axes.batch,
             [(piece.count, piece.columns) for piece in pieces],
-            in_order(pieces),
+            in_order(pieces) and sum(p.count for p in pieces) == axes.steps * axes.batch,
             flow,
         )
         return self.dtype.itemsize * step_numbers(work, get_num_threads())

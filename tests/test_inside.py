@@ -290,3 +290,14 @@ def test_a_budget_chooses_the_pieces(steps, rng):
         layer.forward(x, budget_mb=10, checkpoint_every=3)
     with pytest.raises((TypeError, ValueError), match="budget_mb: expected"):
         layer.forward(x, budget_mb="x")
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [4, 3], [5, 5]])
+def test_gates_where_all_end_early(lengths, rng):
+    layer = fastrnn.LSTM(4, 8, seed=0)
+    x = rng.standard_normal((5, 2, 4)).astype("f4")
+    _, _, gates = layer(x, None, lengths, return_gates=True)
+    _, _, _, wanted = layer.forward(x, None, lengths, return_gates=True)
+    assert gates.keys() == wanted.keys()
+    for name, value in wanted.items():
+        same(np.ascontiguousarray(gates[name]), np.ascontiguousarray(value))
