@@ -25,7 +25,7 @@ import numpy as np
 
 from fastrnn import crew
 
-# Multiply-adds below which waking a thread costs more than it saves, and how many of them reading
+# Multiply-adds below which calling a thread costs more than it saves, and how many of them reading
 # and writing an element lasts.
 _SMALL = 3_000_000
 ELEMENT = 32

@@ -123,7 +123,8 @@ def _checking_names(init: _Init) -> _Init:
         # Subclasses give the cell by position: by name it comes from their caller.
         free = known - {"cell"} if arguments else known
         unknown = {name: value for name, value in options.items() if name not in free}
-        check_options(unknown, {*self.defaults(), "seed"}, type(self).__name__)
+        if unknown:
+            check_options(unknown, {*self.defaults(), "seed"}, type(self).__name__)
         init(self, *arguments, **options)
 
     return cast(_Init, checked)
@@ -446,7 +447,8 @@ class Recurrent(Module):
 
         return_gates  a third result: the gates and the further states of all steps, a dict of
                       arrays by their names and layer, "i_l0", "c_l1_reverse", (T, B, H) or as the
-                      output lies; and the outputs of the directions of all layers, "h_l0"
+                      output lies; and the outputs of the directions of all layers, "h_l0". They may
+                      be views of one memory: copy what you keep for long
         """
         done = self._forward(
             x, state, lengths, resets, vectors, training=False, seed=None, look=bool(return_gates)
@@ -489,11 +491,11 @@ class Recurrent(Module):
         seed    of all that is drawn; drawn by the layer if it is not given
         first_step, sequences   whose masks are drawn: how many steps of the same sequences earlier
                 calls took, and the number of each sequence, (B,) integers from 0 (0 to B-1 by
-                default). With a seed, a sequence is then drawn alike in any batch and at any place
-                in it, and in pieces, a call each, as in one call
+                default). With a seed, without which they are of no use, a sequence is then drawn
+                alike in any batch and at any place in it, and in pieces, a call each, as in one
         checkpoint_every   keep what comes into each layer and the states of every so many steps,
                 and no tape: backward takes pieces of that length forward again. Less memory (see
-                `training_bytes`), 0.3 to 0.5 more time (docs/decisions/0010, 0011); same bits
+                `training_bytes`), 0.3 to 0.6 more time (docs/decisions/0010, 0011); same bits
         budget_mb      the same with the longest pieces, of halves of halves of all steps, for which
                 `training_bytes` stays within so many millions of bytes (`return_flow` of backward
                 is not counted)
@@ -635,13 +637,12 @@ class Recurrent(Module):
 
         copied  although they lie as they should: backward works in that memory
         """
-        found = {}
+        found, total = {}, axes.steps * axes.batch
         for end, side in zip(self._ends, made.kept or (), strict=True):
             own = side.inside(self.cell, self.hidden_size) | {"h": side.output}
             for name, rows in own.items():
                 # The output is the caller's to change.
                 array = rows
-                total = axes.steps * axes.batch
                 if copied or name == "h" or not side.layout.plain or len(rows) < total:
                     array = np.zeros((total, rows.shape[1]), self.dtype)
                     side.layout.scatter(rows, array)
@@ -796,8 +797,8 @@ class Recurrent(Module):
                     total[...] = part
             p = self.dropout if layer else self.input_dropout
             if p and d_ys.parts:
+                locked, drawing = self.locked_dropout, saved.drawing
                 for d_x, piece in zip(d_ys.parts, pieces, strict=True):
-                    locked, drawing = self.locked_dropout, saved.drawing
                     dropout(d_x, p, seed, d_x, piece, locked=locked, drawing=drawing)
         if saved.learned:
             self._add_to_learned(d_initial, grads)
