@@ -5,20 +5,19 @@ Memory that is given up stays with the process for the next array of its size (`
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from fastrnn.cells import Cell
-from fastrnn.gemm import HEIGHT, scratch_size
-from fastrnn.memory import SMALLEST
+from fastrnn.gemm import scratch_size
+from fastrnn.memory import SMALLEST, fitting
 from fastrnn.simd import padded
+from fastrnn.single import scratch_rows
 
-# Numbers of a chunk of the tape where it is not kept, about.
-_CHUNK = 1 << 16
 # Numbers of 8 bytes that a row of a layout has, about.
 _INDICES = 6
 
@@ -64,17 +63,25 @@ class _Memory:
     def __init__(self, itemsize: int) -> None:
         self.smallest = SMALLEST // itemsize
         self.used = self.most = 0
-        self.idle: Counter[int] = Counter()
+        self.idle: dict[int, int] = {}
 
     def take(self, *counts: int) -> list[int]:
         """Arrays of so many numbers; returns them to be given back."""
+        taken = []
         for count in counts:
-            if self.idle[count] > 0:
-                self.idle[count] -= 1
-            else:
+            fit = None
+            if count >= self.smallest:
+                fit = count if count in self.idle else fitting(self.idle, count)
+            if fit is None:
+                fit = count
                 self.used += count
+            else:
+                self.idle[fit] -= 1
+                if not self.idle[fit]:
+                    del self.idle[fit]
+            taken.append(fit)
         self.most = max(self.most, self.used)
-        return list(counts)
+        return taken
 
     def give(self, counts: list[int]) -> None:
         """Give them up."""
@@ -82,7 +89,7 @@ class _Memory:
             if count < self.smallest:
                 self.used -= count
             else:
-                self.idle[count] += 1
+                self.idle[count] = self.idle.get(count, 0) + 1
 
     def make(self, *counts: int) -> list[int]:
         """Arrays of NumPy's own."""
@@ -125,6 +132,12 @@ class _Step:
     def states(self, rows: int, columns: int) -> int:
         return (rows + columns) * self.work.width
 
+    def rows(self, width: int) -> list[int]:
+        """Of all pieces, one array where they follow one another."""
+        if self.work.plain:
+            return [self.count * width]
+        return [rows * width for rows, _ in self.pieces]
+
     def run(self, rows: int, columns: int) -> list[int]:
         """Carry, tape and what products see of both sides."""
         carry = (rows + columns) * self.cell.carries * self.hidden
@@ -147,23 +160,26 @@ class _Step:
         held: list[int] = []
         kept: list[int] = []
         own: list[int] = []
-        for turn, (rows, columns) in enumerate(self.pieces):
+        turns = self.pieces[:-1] if last else self.pieces
+        for rows, columns, alike in _runs([] if self.whole else turns):
+            state = work.width + self.cell.carries * work.size
+            held += memory.take(*[work.batch * state * sides] * alike)
+            if sides > 1:
+                own += memory.take(*[self.states(rows, columns)] * (sides * alike))
             turned = memory.take(rows * width) if sides > 1 else []
-            mine = memory.take(*[self.states(rows, columns)] * sides) if sides > 1 else []
-            if self.whole:
-                held += turned + mine + memory.take(*self.run(rows, columns))
-            elif last and turn == len(self.pieces) - 1:
-                kept = turned + mine + memory.take(*self.run(rows, columns))
-            else:
-                own += mine
-                chunk = min(rows, max(_CHUNK // self.row, HEIGHT)) * self.row
-                memory.give(memory.take(*[chunk] * sides))
-                memory.give(turned)
-                state = work.width + self.cell.carries * work.size
-                held += memory.take(work.batch * state * sides)
+            carry = columns * self.cell.carries * self.hidden
+            chunk = scratch_rows(self.row, columns, work.dtype, self.threads) * self.row
+            memory.give(memory.take(*[n for n in (carry, chunk) if n] * sides) + turned)
+        if self.whole or last:
+            rows, columns = self.pieces[-1]
+            kept = memory.take(rows * width) if sides > 1 else []
+            kept += memory.take(*[self.states(rows, columns)] * sides) if sides > 1 else []
+            kept += memory.take(*self.run(rows, columns))
+        if self.whole:
+            held, kept = kept, []
         memory.give(packed + thinned)
         if sides > 1:
-            output = memory.take(self.count * work.output)
+            output = memory.take(*self.rows(work.output))
         memory.give(own)
         return held, kept, output
 
@@ -174,11 +190,13 @@ class _Step:
             # No d_x, but sums of gradients by token.
             d_x = memory.take(*[self.cell.gates * self.hidden * width] * sides)
         else:
-            d_x = memory.take(self.count * width)
+            d_x = memory.take(*self.rows(width))
         packed = [] if self.whole else memory.take(*self.packed(width))
         # Beside the weights their gradients, summed up apart and then once more.
         packed += memory.take(*self.thinned * 3)
-        for rows, columns in reversed(self.pieces):
+        turns = self.pieces[:-1] if kept else self.pieces
+        runs = [(*self.pieces[-1], 1)] if kept else []
+        for rows, columns, _ in itertools.chain(runs, _runs(turns[::-1])):
             again, turned = [], []
             if kept:
                 again, kept = kept, []
@@ -204,6 +222,18 @@ class _Step:
         return d_x
 
 
+def _runs(pieces: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(rows, columns, how many) of those that follow one another and are alike.
+
+    The next one of a kind takes what the last one gave: two turns tell of all, so at most two runs.
+    """
+    for (rows, columns), group in itertools.groupby(pieces):
+        alike = sum(1 for _ in group)
+        if alike > 1:
+            yield rows, columns, alike - 1
+        yield rows, columns, 1
+
+
 def step_numbers(work: Work, threads: int) -> int:
     """Numbers that forward and backward take at most, beside x, d_output and the parameters."""
     step = _Step(work, threads)
@@ -213,10 +243,10 @@ def step_numbers(work: Work, threads: int) -> int:
     # Which rows are whose.
     memory.make(_INDICES * step.sides * step.count * 8 // itemsize)
     if not work.plain and not work.tokens:
-        below = memory.take(*[rows * work.widths[0] for rows, _ in work.pieces])
+        below = memory.take(*step.rows(work.widths[0]))
     for layer, width in enumerate(work.widths):
         if work.dropout[layer > 0]:
-            dropped = memory.take(step.count * width)
+            dropped = memory.take(*step.rows(width))
             # A whole layer holds its h, another only what the next one reads.
             if layer and step.whole and step.sides == 1:
                 layers[-1][0].extend(below)

@@ -158,6 +158,35 @@ class Drawing(NamedTuple):
         return (step + self.first_step) * count + who, count
 
 
+class Taking(NamedTuple):
+    """How many of B sequences take each step, (T,), and how many begin anew in it, (T,) or None."""
+
+    batch: int
+    steps: np.ndarray
+    anew: np.ndarray | None
+
+    def cut(self, every: int) -> list[tuple[int, int]]:
+        """(N, C) of each piece that `cut` would make."""
+        begins = np.arange(0, len(self.steps), every)
+        counts = np.add.reduceat(self.steps, begins)
+        columns = np.full(len(begins), self.batch)
+        if self.anew is not None:
+            # Who begins anew with a piece has a column in any case.
+            inside = self.anew.copy()
+            inside[begins] = 0
+            columns += np.add.reduceat(inside, begins)
+        return list(zip(counts.tolist(), columns.tolist(), strict=True))
+
+
+def taking(steps: int, lengths: np.ndarray, resets: np.ndarray | None) -> Taking:
+    """Of sequences of T = `steps` at most; arguments as in `cut`."""
+    ended = np.searchsorted(np.sort(lengths), np.arange(steps), side="right")
+    anew = None
+    if resets is not None:
+        anew = (resets & (np.arange(steps)[:, None] < lengths)).sum(axis=1)
+    return Taking(len(lengths), len(lengths) - ended, anew)
+
+
 @functools.lru_cache(maxsize=32)
 def even(steps: int, batch: int, first: int) -> Layout:
     """Sequences of one length; of the caller's steps, those from `first` on."""

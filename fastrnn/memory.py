@@ -2,7 +2,8 @@
 
 A training step needs the same large arrays every time. Fresh memory costs a page fault for every
 4 KiB, a tenth of a small step; so the memory of an array that nobody refers to any more is kept,
-up to a limit, for the next one of its size.
+up to a limit, for the next one of its size, or where there is none for one somewhat smaller: with
+sequences of other lengths each time, sizes differ a little.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import math
 import os
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,11 @@ def _start(raw: np.ndarray) -> int:
     return -address % ALIGNMENT
 
 
+def fitting(sizes: Iterable[int], size: int) -> int | None:
+    """The least of `sizes` that will do for `size`: up to a quarter more."""
+    return min((other for other in sizes if size <= other <= size + size // 4), default=None)
+
+
 def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     """An uninitialised C-contiguous array that starts on a register boundary."""
     global _idle_bytes
@@ -74,11 +81,13 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     # Never wait here either: a signal handler may have interrupted the holder of the lock.
     if _lock.acquire(blocking=False):
         try:
-            if idle := _idle.pop(size, None):
+            fit = size if size in _idle else fitting(_idle, size)
+            if fit is not None:
+                idle = _idle.pop(fit)
                 found = idle.pop()
-                _idle_bytes -= size
+                _idle_bytes -= fit
                 if idle:
-                    _idle[size] = idle
+                    _idle[fit] = idle
         finally:
             _lock.release()
     if found is None:

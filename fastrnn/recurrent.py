@@ -38,14 +38,14 @@ from fastrnn.counter import stream
 from fastrnn.dropout import drop_weights, dropout
 from fastrnn.frozen import Frozen
 from fastrnn.init import INITS, initial
-from fastrnn.layout import Drawing, Layout, cut, even
+from fastrnn.layout import Drawing, Layout, Taking, cut, even, taking
 from fastrnn.memory import empty, zeros
 from fastrnn.module import Module, Params, new_grads
 from fastrnn.noise import Noise
 from fastrnn.parallel import get_num_threads
 from fastrnn.rows import clear
 from fastrnn.single import Sums, Weights
-from fastrnn.stack import Made, Parts, Rows, backward_layer, forward_layer, in_order, rows_for
+from fastrnn.stack import Made, Parts, Rows, backward_layer, forward_layer, rows_for
 from fastrnn.stepper import Stepper
 
 State = Any  # h (layers, B, H), or with further states a tuple, for the LSTM (h, c)
@@ -238,7 +238,7 @@ class Recurrent(Module):
         if self.locked_dropout and not (self.dropout or self.input_dropout):
             raise ValueError(
                 "locked_dropout: expected dropout or input_dropout beside it, to lock their masks, "
-                f"got locked_dropout={locked_dropout!r} alone"
+                f"got locked_dropout={locked_dropout!r} with neither"
             )
         self.recurrent_dropout = as_number("recurrent_dropout", recurrent_dropout, 0, 1)
         self.weight_dropout = as_number("weight_dropout", weight_dropout, 0, 1)
@@ -491,8 +491,8 @@ class Recurrent(Module):
         seed    of all that is drawn; drawn by the layer if it is not given
         first_step, sequences   whose masks are drawn: how many steps of the same sequences earlier
                 calls took, and the number of each sequence, (B,) integers from 0 (0 to B-1 by
-                default). With a seed, without which they are of no use, a sequence is then drawn
-                alike in any batch and at any place in it, and in pieces, a call each, as in one
+                default). They need a seed; a sequence is then drawn alike in any batch and at any
+                place in it, and in pieces, a call each, as in one
         checkpoint_every   keep what comes into each layer and the states of every so many steps,
                 and no tape: backward takes pieces of that length forward again. Less memory (see
                 `training_bytes`), 0.3 to 0.6 more time (docs/decisions/0010, 0011); same bits
@@ -557,20 +557,28 @@ class Recurrent(Module):
         if training and tokens:
             # Backward writes where the tokens say: they must still be the ones that were checked.
             x = x.copy()
+        uneven = lengths is not None or resets is not None
+        given = axes.lengths(lengths), axes.resets(resets)
         if budget_mb is not None:
+            took = taking(axes.steps, *given)
             every = piece_within(
-                budget_mb,
-                axes.steps,
-                axes.batch,
-                lambda every: self._bytes(axes, _pieces(axes, lengths, resets, every), tokens),
+                budget_mb, axes.steps, axes.batch, lambda every: self._bytes(took, every, tokens)
             )
-        pieces = _pieces(axes, lengths, resets, every)
+        if uneven or (every is not None and every < axes.steps):
+            pieces = cut(axes.steps, *given, every or axes.steps)
+        else:
+            pieces = [even(axes.steps, axes.batch, 0)]
         rows = x.reshape(axes.steps * axes.batch, *x.shape[2:])
         xs = Rows([piece.gather(rows) for piece in pieces], None)
         states = self._initial(state, axes)
         drawing = Drawing(as_place("first_step", first_step), axes.sequences(sequences))
         seed = as_seed(seed)
         if training and seed is None and self._draws:
+            if drawing.first_step or drawing.sequences is not None:
+                raise ValueError(
+                    "seed: expected an integer beside first_step and sequences, the same in each "
+                    "call that their masks are to agree with, got None"
+                )
             seed = int(self._seeds.integers(2**63))
         seeds = range(seed or 0, (seed or 0) + self.num_layers)
         if training and self.input_dropout:
@@ -677,11 +685,13 @@ class Recurrent(Module):
         if checkpoint_every is not None:
             every = as_size("checkpoint_every", checkpoint_every)
         axes = Axes(steps, batch, self.batch_first, False)
-        pieces = _pieces(axes, lengths, resets, every)
-        return self._bytes(axes, pieces, bool(tokens), flow=bool(return_flow))
+        took = taking(steps, axes.lengths(lengths), axes.resets(resets))
+        return self._bytes(took, every, bool(tokens), flow=bool(return_flow))
 
-    def _bytes(self, axes: Axes, pieces: list[Layout], tokens: bool, *, flow: bool = False) -> int:
+    def _bytes(self, took: Taking, every: int | None, tokens: bool, *, flow: bool = False) -> int:
         """See `training_bytes`."""
+        steps, batch = len(took.steps), took.batch
+        pieces = took.cut(every or steps)
         work = Work(
             self.cell,
             self.hidden_size,
@@ -695,10 +705,10 @@ class Recurrent(Module):
             tokens,
             sum(value.size for value in self.params.values()),
             self.dtype,
-            axes.batch,
-            axes.steps * axes.batch,
-            [(piece.count, piece.columns) for piece in pieces],
-            in_order(pieces) and sum(p.count for p in pieces) == axes.steps * axes.batch,
+            batch,
+            steps * batch,
+            pieces,
+            all(took.steps == batch) and all(columns == batch for _, columns in pieces),
             flow,
         )
         return self.dtype.itemsize * step_numbers(work, get_num_threads())
@@ -891,15 +901,6 @@ class Recurrent(Module):
 
 def _tuple_of(names: tuple[str, ...]) -> str:
     return f"{'a pair' if len(names) == 2 else 'a tuple'} ({', '.join(names)})"
-
-
-def _pieces(axes: Axes, lengths: Any, resets: Any, every: int | None) -> list[Layout]:
-    """Where the steps are that count, in pieces of `every` steps."""
-    if every is None:
-        every = axes.steps
-    if lengths is None and resets is None and every >= axes.steps:
-        return [even(axes.steps, axes.batch, 0)]
-    return cut(axes.steps, axes.lengths(lengths), axes.resets(resets), every)
 
 
 def _outside(pieces: list[Layout], rows: Rows, steps: int) -> np.ndarray:

@@ -113,6 +113,11 @@ class Kept:
         return replace(self, tape=self.tape.copy())
 
 
+def scratch_rows(row: int, columns: int, dtype: np.dtype, threads: int) -> int:
+    """Rows of a tape that is not kept, as many as a piece can need; see `forward`."""
+    return max(columns, threads * max(_CHUNK_BYTES // (row * dtype.itemsize), gemm.HEIGHT))
+
+
 def _sharing(cell: Cell, layouts: list[Layout], of: Weights, work: int) -> tuple[int, int]:
     """(parts of the units of one direction, parts of the columns of all)."""
     # Both directions have as many.
@@ -144,11 +149,14 @@ def forward(
     noises: Sequence[Noise | None],
     *,
     keep: bool,
+    pieces: bool = False,
 ) -> list[Kept]:
     """Each direction's run over its x (N, I) from its state, (B, H) for each part of it.
 
-    table  (V, I): x are tokens that stand for its rows
-    hs     memory for h, if there is any
+    table   (V, I): x are tokens that stand for its rows
+    hs      memory for h, if there is any
+    keep    the tape, for backward
+    pieces  there are others, for which the memory of a tape that is not kept has to do, too
     """
     rows, width = weights[0].h.shape
     size, dtype = rows // cell.gates, weights[0].h.dtype
@@ -177,7 +185,10 @@ def forward(
         carry[:columns] = 0
         for i, value in enumerate(state[1:]):
             carry[layout.first, i * hidden : i * hidden + size] = layout.heard(value)
-        tape = empty((count if keep else chunk * columns, row), dtype)
+        taped = count if keep else chunk * columns
+        if pieces and not keep:
+            taped = scratch_rows(row, columns, dtype, get_num_threads())
+        tape = empty((taped, row), dtype)
         stats = np.empty((len(tape), 3), dtype) if cell.normed else None
         packed = of.pack(cell, tokens, meet > 1, table)
         drawn = draw(noise, layout, h)

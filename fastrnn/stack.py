@@ -155,7 +155,8 @@ def forward_layer(
         inputs = _inputs(pieces, xs, at)
         layouts = _layouts(pieces, at)
         hs = [one.parts[at[0]]] if sides == 1 else [None] * sides
-        done = forward(cell, weights, layouts, inputs, table, states, hs, noises, keep=kept_on)
+        run = cell, weights, layouts, inputs, table, states, hs, noises
+        done = forward(*run, keep=kept_on, pieces=not whole)
         states = [side.final(cell, size) for side in done]
         for output, side in zip(outputs, done, strict=True):
             output.append(side.output)

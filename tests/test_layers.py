@@ -326,6 +326,16 @@ def test_bad_arguments_of_a_layer(kind, arguments, options, error, parts):
         kind(*arguments, **options)
 
 
+def test_numbers_that_python_does_not_write_are_described():
+    huge, layer, x = 10**5000, fastrnn.GRU(3, 4, zoneout=0.5), np.zeros((5, 2, 3), np.float32)
+    with pytest.raises(ValueError, match=r"zoneout: .*\[0, 1\), got an integer of 16610 bits"):
+        fastrnn.GRU(3, 4, zoneout=huge)
+    with pytest.raises(ValueError, match=r"hidden_size: .* at least 1, got an integer of 16610"):
+        fastrnn.GRU(3, -huge)
+    with pytest.raises(ValueError, match=r"first_step: .* got an integer of 16610 bits"):
+        layer.forward(x, seed=1, first_step=huge)
+
+
 @pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
 def test_an_option_that_a_layer_does_not_have_is_named(kind):
     listed = f"({', '.join(sorted({*kind.defaults(), 'seed'}))})"
@@ -1339,6 +1349,33 @@ def test_uneven_sequences_take_what_they_say(given, both, every):
     if (given, both, every) in {("resets", False, 20), ("lengths", False, None)}:
         # Not as good without knowing of it.
         assert abs(most - plain) > 2 * abs(most - said)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("sizes", [(2000, 4, 50), (3000, 1, 50), (400, 32, 50)], ids=str)
+def test_many_uneven_pieces_take_what_they_say(sizes, both):
+    steps, batch, every = sizes
+    layer = fastrnn.LSTM(64, 64, 2, bidirectional=both, seed=0)
+    resets = np.random.default_rng(1).random((steps, batch)) < 0.05
+    most, said, _ = taken(layer, steps, batch, checkpoint_every=every, resets=resets)
+    assert 0.75 * said < most < 1.06 * said
+    # All end early, so half of the pieces have no steps.
+    lengths = np.full(batch, steps // 2)
+    most, said, _ = taken(layer, steps, batch, checkpoint_every=every, lengths=lengths)
+    assert 0.75 * said < most < 1.06 * said
+
+
+def test_budgets_and_bytes_are_found_without_layouts(monkeypatch):
+    """Of each piece that is tried these would take longer than the rest of the step."""
+    layer = fastrnn.LSTM(1, 8, seed=0)
+    resets = np.zeros((20_000, 4), bool)
+    resets[::9] = True
+    x = np.zeros((20_000, 4, 1), np.float32)
+    monkeypatch.setattr(layout, "of_lengths", None)
+    with pytest.raises(ValueError, match="budget_mb: expected at least"):
+        layer.forward(x, resets=resets, budget_mb=0.1)
+    # That many states are most of it.
+    assert layer.training_bytes(10**6, 1, checkpoint_every=1) > 10**6 * 16 * 4
 
 
 @pytest.mark.parametrize(

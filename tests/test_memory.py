@@ -50,6 +50,35 @@ def test_used_again_when_the_array_is_gone():
     assert memory._idle_bytes == 0
 
 
+def test_used_again_for_what_is_somewhat_smaller():
+    size = 8 * LARGE
+    first = memory.empty(size, np.float32)
+    place = address(first)
+    del first
+    for _ in range(2):
+        some = memory.empty(size * 5 // 6, np.float32)
+        assert address(some) == place
+        # There is no other.
+        own = memory.empty(size * 5 // 6, np.float32)
+        assert address(own) != place
+        del some, own
+        gc.collect()
+        memory._idle.pop(size * 5 // 6 * 4 + memory.ALIGNMENT)
+    held = [memory.empty(other, np.float32) for other in (size + 1, size * 3 // 4)]
+    assert place not in [address(array) for array in held]
+    exact = memory.empty(size * 5 // 6, np.float32)
+    assert address(exact) == place
+
+
+def test_the_closest_is_used_again_first():
+    size = 8 * LARGE
+    arrays = [memory.empty(size + more, np.float32) for more in (200, 0, 100)]
+    places = [address(array) for array in arrays]
+    del arrays
+    assert address(memory.empty(size, np.float32)) == places[1]
+    assert address(memory.empty(size + 50, np.float32)) == places[2]
+
+
 @pytest.mark.parametrize(
     "view",
     [

@@ -161,14 +161,20 @@ def test_sequences_have_their_masks_in_any_batch(cell, kind, uneven):
 
 
 @each_kind
-def test_pieces_in_calls_of_their_own(cell, kind):
+@pytest.mark.parametrize("uneven", [False, True])
+def test_pieces_in_calls_of_their_own(cell, kind, uneven):
     problem = noisy(cell, kind)
     rnn, ends = problem.rnn, (0, 1, 4, SHAPE[0])
+    lengths = np.array([6, 2, 5, 0, 3]) if uneven else np.full(5, 6)
+    resets = (np.random.default_rng(1).random(SHAPE[:2]) < 0.3) & uneven
     for own in (None, np.array([4, 1, 9, 0, 2])):
-        want = computed(problem, given={"seed": 3, "sequences": own})
+        whole = {"seed": 3, "sequences": own, "lengths": lengths, "resets": resets}
+        want = computed(problem, given=whole)
         state, calls, outputs = as_state(problem.state), [], []
         for begin, end in itertools.pairwise(ends):
             given = {"seed": 3, "first_step": begin, "sequences": own}
+            given["lengths"] = np.clip(lengths - begin, 0, end - begin)
+            given["resets"] = resets[begin:end]
             output, state, saved = rnn.forward(problem.x[begin:end], state, **given)
             outputs.append(output.copy())
             calls.append((saved, problem.d_output[begin:end]))
@@ -186,6 +192,29 @@ def test_pieces_in_calls_of_their_own(cell, kind):
                 agree(value, want[key], problem.dtype, problem.terms, key)
             else:
                 same(value, want[key], key)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_both_directions_have_their_masks_in_any_batch(uneven):
+    T, B, n_in, H = SHAPE
+    options = KINDS["all"] | {"num_layers": 2, "bidirectional": True}
+    rnn = fastrnn.LSTM(n_in, H, seed=1, **options)
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((T, B, n_in), np.float32)
+    d_y = rng.standard_normal((T, B, 2 * H), np.float32)
+    own, lengths = np.array([7, 0, 3, 40, 12]), np.array([6, 2, 5, 0, 3])
+    resets = rng.random((T, B)) < 0.3
+
+    def run(order):
+        given = {"lengths": lengths[order], "resets": resets[:, order]} if uneven else {}
+        y, state, saved = rnn.forward(x[:, order], seed=3, sequences=own[order], **given)
+        d_x, d_state, _ = rnn.backward(saved, d_y[:, order])
+        return y, d_x, *state, *d_state
+
+    whole = run(np.arange(B))
+    for order in ([4, 2, 0, 3, 1], [3, 1], [2]):
+        for some, value in zip(run(order), whole, strict=True):
+            same(np.ascontiguousarray(some), np.ascontiguousarray(value[:, order]))
 
 
 def test_steps_and_sequences_are_those_of_the_reference():
@@ -213,6 +242,8 @@ def test_one_sequence_may_be_given_as_a_number():
         ({"sequences": [0, -1]}, ValueError, "sequences: expected integers from 0 to .*, got -1"),
         ({"sequences": [0, 2**31]}, ValueError, "sequences: expected integers from 0 to"),
         ({"sequences": [0.0, 1.0]}, TypeError, "sequences: expected integers, got float64"),
+        ({"first_step": 1}, ValueError, "seed: expected an integer beside first_step"),
+        ({"sequences": [4, 5]}, ValueError, "seed: expected an integer beside first_step"),
     ],
     ids=str,
 )
