@@ -44,9 +44,19 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+# Entries that nobody comes in by; they would take a fifth of the time that compiling takes.
+_FROM_KERNELS = {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
+_FROM_PYTHON = {"no_cfunc_wrapper": True}
+
+
 def helper(function: Callable) -> Any:
-    """Compile `function` for use inside kernels; never cached by itself."""
-    return CPUDispatcher(py_func=function, targetoptions=dict(OPTIONS))
+    """Compile `function` for use inside kernels; Python cannot call it. Never cached by itself."""
+    return CPUDispatcher(py_func=function, targetoptions=OPTIONS | _FROM_KERNELS)
+
+
+def overload(function: Callable) -> Any:
+    """Numba's overload, for use inside kernels."""
+    return numba.extending.overload(function, jit_options=dict(_FROM_KERNELS))
 
 
 def intrinsic(function: Callable) -> Any:
@@ -56,7 +66,7 @@ def intrinsic(function: Callable) -> Any:
 
 def kernel(function: Callable) -> Any:
     """Compile `function` as an entry point from Python: without the GIL, cached on disk."""
-    return _Kernel(py_func=function, targetoptions=dict(OPTIONS))
+    return _Kernel(py_func=function, targetoptions=OPTIONS | _FROM_PYTHON)
 
 
 def linked(signature: Callable[[Any], Any]) -> Callable[[Callable], Any]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import numpy as np
 from numba import types
-from numba.extending import overload
 
 from fastrnn.cells.cell import (
     backward,
@@ -45,7 +44,7 @@ from fastrnn.cells.cell import (
 )
 from fastrnn.crew import divided
 from fastrnn.gemm import accumulate, integers, multiply, panel_scratch, scatter, strip_scratch
-from fastrnn.jit import helper, kernel
+from fastrnn.jit import helper, kernel, overload
 from fastrnn.meeting import arrive, gather, wait
 from fastrnn.noise import (
     fed_by,

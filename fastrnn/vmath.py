@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from decimal import Context, Decimal
 
-from numba.extending import overload
-
+from fastrnn.jit import overload
 from fastrnn.simd import Vec, fma, power_of_two, select_greater
 
 _LOG2_E = 1 / math.log(2)

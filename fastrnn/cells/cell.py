@@ -58,11 +58,11 @@ from llvmlite import ir
 from numba import types
 from numba.core.datamodel import models
 from numba.core.errors import TypingError
-from numba.core.extending import overload, register_model, unbox
+from numba.core.extending import register_model, unbox
 from numba.core.pythonapi import NativeValue
 
 from fastrnn.cells.fingerprint import fingerprint
-from fastrnn.jit import intrinsic
+from fastrnn.jit import intrinsic, overload
 from fastrnn.simd import Vec, address, read, write
 
 
