@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,16 +78,6 @@ def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return value
-
-
-def check_options(options: Mapping[str, Any], taken: Collection[str], owner: str) -> None:
-    """Names of options are those that `owner` has."""
-    for name, value in options.items():
-        if name not in taken:
-            raise TypeError(
-                f"{name}: expected an option that {owner} has ({', '.join(sorted(taken))}), "
-                f"got {name}={value!r:.100}"
-            )
 
 
 def as_array(name: str, value: Any) -> np.ndarray:
@@ -169,26 +159,27 @@ def as_tokens(
 
 def as_lengths(array: np.ndarray, steps: int, batch: int) -> np.ndarray:
     """How many steps each of `batch` sequences has: (B,) integers from 0 to `steps`."""
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"lengths: expected integers or a boolean mask, got {array.dtype}")
-    check_shape("lengths", array, (batch,), "(B)")
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > steps:
-        wrong = low if low < 0 else high
-        raise ValueError(f"lengths: expected numbers from 0 to T = {steps}, got {wrong}")
-    return array.astype(np.intp)
+    kinds = "integers or a boolean mask"
+    return _one_each("lengths", array, batch, steps, f"T = {steps}", kinds).astype(np.intp)
 
 
 def as_places(name: str, array: np.ndarray, batch: int) -> np.ndarray:
     """(B,) integers from 0, below `FAR`."""
+    return _one_each(name, array, batch, FAR - 1, str(FAR - 1), "integers").astype(np.int64)
+
+
+def _one_each(
+    name: str, array: np.ndarray, batch: int, most: int, told: str, kinds: str
+) -> np.ndarray:
+    """(B,) integers from 0 to `most`; errors tell that as `told`, and what they may be as `kinds`."""
     if array.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected integers, got {array.dtype}")
+        raise TypeError(f"{name}: expected {kinds}, got {array.dtype}")
     check_shape(name, array, (batch,), "(B)")
     low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= FAR:
+    if low < 0 or high > most:
         wrong = low if low < 0 else high
-        raise ValueError(f"{name}: expected integers from 0 to {FAR - 1}, got {wrong}")
-    return array.astype(np.int64)
+        raise ValueError(f"{name}: expected integers from 0 to {told}, got {wrong}")
+    return array
 
 
 def mask_lengths(mask: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from fastrnn.checks import as_array, as_dtype, as_floats, as_seed, as_size, as_t
 from fastrnn.layout import even
 from fastrnn.memory import empty
 from fastrnn.module import Module, Params, new_grads
+from fastrnn.options import checking_names
 from fastrnn.pack import pack, pack_transposed
 from fastrnn.parallel import ELEMENT, parts_for, run
 from fastrnn.simd import lanes
@@ -25,6 +26,7 @@ def _order(shape: tuple[int, ...]) -> np.ndarray:
 class Linear(Module):
     """y = x W.T + b, with `weight` (out_features, in_features) and `bias` (out_features,)."""
 
+    @checking_names
     def __init__(
         self,
         in_features: int,
@@ -108,6 +110,7 @@ class Linear(Module):
 class Embedding(Module):
     """Rows of `weight` (num_embeddings, embedding_dim) by token."""
 
+    @checking_names
     def __init__(
         self,
         num_embeddings: int,

@@ -16,7 +16,6 @@ from fastrnn.checks import (
     as_seed,
     as_size,
     as_tokens,
-    check_options,
 )
 from fastrnn.dense import Embedding, Linear
 from fastrnn.dropout import dropout, rows_mask
@@ -24,6 +23,7 @@ from fastrnn.layers import GRU, LSTM, RNN
 from fastrnn.loss import softmax_cross_entropy, token_losses
 from fastrnn.memory import empty
 from fastrnn.module import Module, Params, new_grads
+from fastrnn.options import check_options
 from fastrnn.recurrent import Recurrent, State
 
 _KINDS: dict[str, type[Recurrent]] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}

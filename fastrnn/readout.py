@@ -13,6 +13,7 @@ from fastrnn.crew import divided
 from fastrnn.dense import Linear
 from fastrnn.jit import kernel
 from fastrnn.module import Module, Params, new_grads
+from fastrnn.options import checking_names
 from fastrnn.parallel import ELEMENT, parts_for, run
 from fastrnn.simd import (
     flush_denormals,
@@ -69,6 +70,7 @@ class Readout(Module):
     `params` has the keys of `Linear` after "0.", "1.", ...
     """
 
+    @checking_names
     def __init__(
         self,
         in_features: int,

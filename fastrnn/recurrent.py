@@ -11,13 +11,11 @@ batch, or by `first_step` and `sequences`.)
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import itertools
-import sys
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -32,102 +30,25 @@ from fastrnn.checks import (
     as_place,
     as_seed,
     as_size,
-    check_options,
 )
 from fastrnn.counter import stream
 from fastrnn.dropout import drop_weights, dropout
 from fastrnn.frozen import Frozen
 from fastrnn.init import INITS, initial
 from fastrnn.layout import Drawing, Layout, Taking, cut, even, taking
-from fastrnn.memory import empty, zeros
+from fastrnn.memory import zeros
 from fastrnn.module import Module, Params, new_grads
 from fastrnn.noise import Noise
+from fastrnn.options import callers_level, checking_names
 from fastrnn.parallel import get_num_threads
-from fastrnn.rows import clear
+from fastrnn.saved import Saved
 from fastrnn.single import Sums, Weights
-from fastrnn.stack import Made, Parts, Rows, backward_layer, forward_layer, rows_for
+from fastrnn.stack import Made, Parts, Rows, as_outside, backward_layer, forward_layer, rows_for
 from fastrnn.stepper import Stepper
 
 State = Any  # h (layers, B, H), or with further states a tuple, for the LSTM (h, c)
 # Parameters that become vectors of a cell: peepholes; of one with normalisation these, and biases.
 _VECTORS = ("weight_ch", "norm_ih", "norm_hh", "norm_c")
-
-
-class Saved:
-    """What backward needs from forward. Backward works in this memory: it can be used once."""
-
-    def __init__(
-        self,
-        kind: tuple,
-        layers: list[Made],
-        pieces: list[Layout],
-        table: np.ndarray | None,
-        seeds: range,
-        drawing: Drawing,
-        axes: Axes,
-        learned: bool,
-    ) -> None:
-        self.kind = kind
-        self._layers: list[Made] | None = layers
-        self.pieces = pieces
-        # A view, since backward relies on the shape.
-        self.table = None if table is None else table.view()
-        self.seeds = seeds
-        self.drawing = drawing
-        self.axes = axes
-        self.learned = learned
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held: B*(T*tape*Hp + (T+1)*(H + carries*Hp)) numbers for each layer and direction.
-
-        Hp: see recurrence. T*B is the sum of `lengths` if they are given, and each reset counts as
-        a sequence more. With a projection P stands in place of H. With `recurrent_dropout` it is
-        B*(T+1)*H more, with layer_norm B*T*3. With `checkpoint_every`: the states in between, and
-        of the last layer this for the last steps, whose h lies in the memory of the output.
-        Beside them what comes into each layer is kept: x itself, or a copy in another order, and
-        what dropout made.
-        """
-        return sum(made.nbytes for made in self._layers or ())
-
-    def take(self, retain: bool) -> list[Made]:
-        if self._layers is None:
-            raise ValueError(
-                "saved: expected the result of a new forward, got one that backward has used; "
-                "call forward again, or backward(..., retain=True) the first time"
-            )
-        layers = self._layers
-        if retain:
-            return [made.copy() for made in layers]
-        self._layers = None
-        return layers
-
-
-def _callers_level() -> int:
-    """The `stacklevel` of a warning that is about the call into this package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == "fastrnn":
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-_Init = TypeVar("_Init", bound=Callable[..., None])
-
-
-def _checking_names(init: _Init) -> _Init:
-    """`init`, which tells what the class takes where it has no such option."""
-    known = set(inspect.signature(init).parameters)
-
-    @functools.wraps(init)
-    def checked(self: Recurrent, *arguments: Any, **options: Any) -> None:
-        # Subclasses give the cell by position: by name it comes from their caller.
-        free = known - {"cell"} if arguments else known
-        unknown = {name: value for name, value in options.items() if name not in free}
-        if unknown:
-            check_options(unknown, {*self.defaults(), "seed"}, type(self).__name__)
-        init(self, *arguments, **options)
-
-    return cast(_Init, checked)
 
 
 class Recurrent(Module):
@@ -177,7 +98,7 @@ class Recurrent(Module):
     # Whether it is part of a model that drops its output, too: see `_before_dropout`.
     _followed = False
 
-    @_checking_names
+    @checking_names
     def __init__(
         self,
         cell: Cell,
@@ -258,7 +179,7 @@ class Recurrent(Module):
             warnings.warn(
                 f"dropout: acts between layers only, got dropout={dropout} with num_layers=1, "
                 "where it changes nothing",
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
         self._begin(np.random.default_rng(seed))
 
@@ -618,7 +539,7 @@ class Recurrent(Module):
             learned = self.learned_state and state is None
             kind = self._kind()
             result = Saved(kind, saved, pieces, vectors, seeds, drawing, axes, learned)
-        output = _outside(pieces, xs, axes.steps)
+        output = as_outside(pieces, xs, axes.steps)
         output = axes.outward(output.reshape(axes.steps, axes.batch, self.output_size))
         # Backward reads the same memory.
         output.flags.writeable = not training
@@ -814,7 +735,7 @@ class Recurrent(Module):
             self._add_to_learned(d_initial, grads)
         d_first: np.ndarray | None = d_table if need_d_x else None
         if need_d_x and not tokens:
-            d_x = _outside(pieces, d_ys, steps).reshape(steps, batch, self.input_size)
+            d_x = as_outside(pieces, d_ys, steps).reshape(steps, batch, self.input_size)
             d_first = axes.outward(d_x)
         result = d_first, self._state_out(d_initial, axes.unbatched), grads
         if flow is None:
@@ -901,20 +822,3 @@ class Recurrent(Module):
 
 def _tuple_of(names: tuple[str, ...]) -> str:
     return f"{'a pair' if len(names) == 2 else 'a tuple'} ({', '.join(names)})"
-
-
-def _outside(pieces: list[Layout], rows: Rows, steps: int) -> np.ndarray:
-    """The rows of all pieces where the caller has them, (T*B, ...); zeros where no step is."""
-    total, count = steps * pieces[0].batch, sum(piece.count for piece in pieces)
-    if count == total and rows.whole is not None:
-        return rows.whole
-    one = rows.parts[0]
-    array = empty((total, one.shape[1]), one.dtype)
-    for piece, values in zip(pieces, rows.parts, strict=True):
-        piece.scatter(values, array)
-    if count < total:
-        left = np.ones(total, bool)
-        for piece in pieces:
-            left[piece.source] = False
-        clear(np.flatnonzero(left), array)
-    return array

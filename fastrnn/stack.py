@@ -17,7 +17,7 @@ from fastrnn.cells import Cell
 from fastrnn.layout import Layout
 from fastrnn.memory import empty
 from fastrnn.noise import Noise
-from fastrnn.rows import gather, join, part_of, put
+from fastrnn.rows import clear, gather, join, part_of, put
 from fastrnn.single import Kept, Sums, Weights, backward, forward
 
 Parts = list[np.ndarray]  # of a state, (B, H) each
@@ -69,6 +69,23 @@ def rows_for(pieces: list[Layout], width: int, dtype: Any, *, states: bool = Fal
     extra = [p.columns if states else 0 for p in pieces]
     counts = zip(extra, pieces, strict=True)
     return Rows([empty((more + piece.count, width), dtype) for more, piece in counts], None)
+
+
+def as_outside(pieces: list[Layout], rows: Rows, steps: int) -> np.ndarray:
+    """The rows of all pieces where the caller has them, (T*B, ...); zeros where no step is."""
+    total, count = steps * pieces[0].batch, sum(piece.count for piece in pieces)
+    if count == total and rows.whole is not None:
+        return rows.whole
+    one = rows.parts[0]
+    array = empty((total, one.shape[1]), one.dtype)
+    for piece, values in zip(pieces, rows.parts, strict=True):
+        piece.scatter(values, array)
+    if count < total:
+        left = np.ones(total, bool)
+        for piece in pieces:
+            left[piece.source] = False
+        clear(np.flatnonzero(left), array)
+    return array
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -54,6 +55,45 @@ KINDS = {
     "gru_norm": functools.partial(fastrnn.GRU, layer_norm=True),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+# Options that the layers do not share.
+OPTIONS = {
+    fastrnn.RNN: {"nonlinearity": "relu", "init": "identity"},
+    fastrnn.GRU: {"reset_after": False, "reset_gate": False, "bias": False},
+    fastrnn.LSTM: {"proj_size": 3, "peephole": True, "coupled": True, "cell_clip": 0.5},
+}
+
+
+def says(*parts):
+    """A pattern of an error: these parts in this order."""
+    return ".*".join(re.escape(part) for part in parts)
+
+
+def each_of(names, generator):
+    """A parameter for each case; what the error says, its last part, is its name."""
+    cases = [pytest.param(*case, id=" ".join(case[-1])) for case in generator()]
+    return pytest.mark.parametrize(names, cases)
+
+
+def forms(array):
+    """The same numbers, laid out otherwise."""
+    yield np.asfortranarray(array)
+    yield np.repeat(array, 2, axis=-1)[..., ::2]
+    yield np.flip(np.flip(array, 0).copy(), 0)
+    yield frozen(array.copy())
+    misaligned = np.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    misaligned[...] = array
+    yield misaligned
+
+
+def spoilt_arrays(array):
+    """What kernels could not take for `array`, and what is said about it."""
+    yield None, TypeError, ("an array", "NoneType")
+    yield array.tolist(), TypeError, ("an array", "list")
+    yield array.astype(np.float64), ValueError, ("contiguous", "float32", "float64")
+    yield array[:-1].copy(), ValueError, (str(array.shape), str(array[:-1].shape))
+    yield np.stack([array, array], -1)[..., 0], ValueError, ("contiguous", "not contiguous")
 
 
 def tolerance(dtype, terms):

@@ -25,7 +25,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A module imports from levels above its own only; a new module has to be given a level.
 LEVELS = (
-    {"jit", "memory", "checks", "text", "checkpoint", "init"},
+    {"jit", "memory", "checks", "text", "checkpoint", "init", "options"},
     {"simd", "counter", "axes"},
     {"vmath", "tile", "atomic", "plot"},
     {"crew"},
@@ -37,6 +37,7 @@ LEVELS = (
     {"recurrence", "module", "stepper", "frozen"},
     {"single", "dense"},
     {"stack", "readout", "budget"},
+    {"saved"},
     {"recurrent"},
     {"layers"},
     {"models"},
