@@ -171,7 +171,7 @@ def as_places(name: str, array: np.ndarray, batch: int) -> np.ndarray:
 def _one_each(
     name: str, array: np.ndarray, batch: int, most: int, told: str, kinds: str
 ) -> np.ndarray:
-    """(B,) integers from 0 to `most`; errors tell that as `told`, and what they may be as `kinds`."""
+    """(B,) integers from 0 to `most`; errors say `told` for that, and `kinds` for integers."""
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected {kinds}, got {array.dtype}")
     check_shape(name, array, (batch,), "(B)")
