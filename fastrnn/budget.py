@@ -34,6 +34,7 @@ class Work(NamedTuple):
     params  numbers in all parameters
     places  steps times sequences, of the caller's arrays
     pieces  (rows, columns) of each layout
+    every   steps of a piece at most
     plain   whether these rows are the caller's
     flow    whether backward returns it
     """
@@ -53,6 +54,7 @@ class Work(NamedTuple):
     batch: int
     places: int
     pieces: list[tuple[int, int]]
+    every: int
     plain: bool
     flow: bool
 
@@ -161,6 +163,7 @@ class _Step:
         kept: list[int] = []
         own: list[int] = []
         turns = self.pieces[:-1] if last else self.pieces
+        most = work.every * max(columns for _, columns in self.pieces)
         for rows, columns, alike in _runs([] if self.whole else turns):
             state = work.width + self.cell.carries * work.size
             held += memory.take(*[work.batch * state * sides] * alike)
@@ -168,7 +171,7 @@ class _Step:
                 own += memory.take(*[self.states(rows, columns)] * (sides * alike))
             turned = memory.take(rows * width) if sides > 1 else []
             carry = columns * self.cell.carries * self.hidden
-            chunk = scratch_rows(self.row, columns, work.dtype, self.threads) * self.row
+            chunk = scratch_rows(self.row, columns, most, work.dtype, self.threads) * self.row
             memory.give(memory.take(*[n for n in (carry, chunk) if n] * sides) + turned)
         if self.whole or last:
             rows, columns = self.pieces[-1]

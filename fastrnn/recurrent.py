@@ -629,6 +629,7 @@ class Recurrent(Module):
             batch,
             steps * batch,
             pieces,
+            every or steps,
             all(took.steps == batch) and all(columns == batch for _, columns in pieces),
             flow,
         )

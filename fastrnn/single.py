@@ -113,9 +113,10 @@ class Kept:
         return replace(self, tape=self.tape.copy())
 
 
-def scratch_rows(row: int, columns: int, dtype: np.dtype, threads: int) -> int:
-    """Rows of a tape that is not kept, as many as a piece can need; see `forward`."""
-    return max(columns, threads * max(_CHUNK_BYTES // (row * dtype.itemsize), gemm.HEIGHT))
+def scratch_rows(row: int, columns: int, most: int, dtype: np.dtype, threads: int) -> int:
+    """Rows of a tape that is not kept, as many as any piece can need; see `forward`."""
+    chunks = threads * max(_CHUNK_BYTES // (row * dtype.itemsize), gemm.HEIGHT)
+    return min(most, max(columns, chunks))
 
 
 def _sharing(cell: Cell, layouts: list[Layout], of: Weights, work: int) -> tuple[int, int]:
@@ -149,14 +150,15 @@ def forward(
     noises: Sequence[Noise | None],
     *,
     keep: bool,
-    pieces: bool = False,
+    most: int = 0,
 ) -> list[Kept]:
     """Each direction's run over its x (N, I) from its state, (B, H) for each part of it.
 
     table   (V, I): x are tokens that stand for its rows
     hs      memory for h, if there is any
     keep    the tape, for backward
-    pieces  there are others, for which the memory of a tape that is not kept has to do, too
+    most    steps times columns of the largest of several pieces; 0: this one is the only one.
+            The memory of a tape that is not kept is then of one size, so that it does for all
     """
     rows, width = weights[0].h.shape
     size, dtype = rows // cell.gates, weights[0].h.dtype
@@ -186,8 +188,8 @@ def forward(
         for i, value in enumerate(state[1:]):
             carry[layout.first, i * hidden : i * hidden + size] = layout.heard(value)
         taped = count if keep else chunk * columns
-        if pieces and not keep:
-            taped = scratch_rows(row, columns, dtype, get_num_threads())
+        if most and not keep:
+            taped = scratch_rows(row, columns, most, dtype, get_num_threads())
         tape = empty((taped, row), dtype)
         stats = np.empty((len(tape), 3), dtype) if cell.normed else None
         packed = of.pack(cell, tokens, meet > 1, table)

@@ -165,6 +165,7 @@ def forward_layer(
         # The caller may go on with the arrays.
         states = [[part.copy() for part in side] for side in states]
     turns = _turns(pieces, sides)
+    most = 0 if whole else max(piece.steps * piece.columns for piece in pieces)
     for turn, at in enumerate(turns):
         kept_on = keep and (whole or (last and turn == len(turns) - 1))
         if keep and not kept_on:
@@ -173,7 +174,7 @@ def forward_layer(
         layouts = _layouts(pieces, at)
         hs = [one.parts[at[0]]] if sides == 1 else [None] * sides
         run = cell, weights, layouts, inputs, table, states, hs, noises
-        done = forward(*run, keep=kept_on, pieces=not whole)
+        done = forward(*run, keep=kept_on, most=most)
         states = [side.final(cell, size) for side in done]
         for output, side in zip(outputs, done, strict=True):
             output.append(side.output)
