@@ -1,6 +1,7 @@
 """What a training step will take: its large arrays, made and given up in the order of the step.
 
-Memory that is given up stays with the process for the next array of its size (`fastrnn.memory`).
+Memory that is given up stays with the process for the next array that it does for (see
+`fastrnn.memory`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Work(NamedTuple):
     pieces  (rows, columns) of each layout
     every   steps of a piece at most
     plain   whether these rows are the caller's
+    anew    whether a sequence may begin anew with a piece, which then has memory of its own
     flow    whether backward returns it
     """
 
@@ -56,6 +58,7 @@ class Work(NamedTuple):
     pieces: list[tuple[int, int]]
     every: int
     plain: bool
+    anew: bool
     flow: bool
 
 
@@ -153,7 +156,7 @@ class _Step:
         """
         memory, work, sides = self.memory, self.work, self.sides
         output: list[int] = []
-        if sides == 1 and work.plain:
+        if sides == 1 and work.plain and not work.anew:
             output = memory.take(self.states(self.count, work.batch))
         elif sides == 1:
             output = memory.take(*[self.states(*piece) for piece in self.pieces])
@@ -260,7 +263,7 @@ def step_numbers(work: Work, threads: int) -> int:
         layers.append((held + below, kept))
         below = output
     # What comes out of the last layer is held, too.
-    if not work.plain:
+    if not work.plain or (work.anew and step.sides == 1):
         memory.take(work.places * work.output)
     memory.take(work.params)
     if work.flow:

@@ -32,7 +32,7 @@ def as_size(name: str, value: Any, least: int = 1) -> int:
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {value!r}") from None
     if size < least:
-        raise ValueError(f"{name}: expected at least {least}, got {_shown(size)}")
+        raise ValueError(f"{name}: expected at least {least}, got {shown(size)}")
     return size
 
 
@@ -40,7 +40,7 @@ def as_place(name: str, value: Any) -> int:
     """An integer from 0, below `FAR`."""
     place = as_size(name, value, 0)
     if place >= FAR:
-        raise ValueError(f"{name}: expected an integer from 0 to {FAR - 1}, got {_shown(place)}")
+        raise ValueError(f"{name}: expected an integer from 0 to {FAR - 1}, got {shown(place)}")
     return place
 
 
@@ -60,23 +60,25 @@ def as_number(name: str, value: Any, low: float, high: float, *, open_low: bool 
     if not (low < number < high or (number == low and not open_low)):
         bracket = "(" if open_low else "["
         raise ValueError(
-            f"{name}: expected a number in {bracket}{low:g}, {high:g}), got {_shown(value)}"
+            f"{name}: expected a number in {bracket}{low:g}, {high:g}), got {shown(value)}"
         )
     return number
 
 
-def _shown(value: Any) -> str:
-    """As Python writes it, but for integers that it refuses to write."""
+def shown(value: Any) -> str:
+    """As Python writes it, but for numbers that it refuses to write."""
     try:
         return repr(value)
     except ValueError:
-        return f"an integer of {value.bit_length()} bits"
+        if isinstance(value, int):
+            return f"an integer of {value.bit_length()} bits"
+        return f"a {type(value).__name__} that is too long to write"
 
 
 def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of a few words."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
     return value
 
 

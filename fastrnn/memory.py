@@ -81,9 +81,9 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     # Never wait here either: a signal handler may have interrupted the holder of the lock.
     if _lock.acquire(blocking=False):
         try:
-            fit = size if size in _idle else fitting(_idle, size)
-            if fit is not None:
-                idle = _idle.pop(fit)
+            fit = size if size in _idle else fitting(list(_idle), size)
+            # A signal handler may have given up all of it by now.
+            if fit is not None and (idle := _idle.pop(fit, None)):
                 found = idle.pop()
                 _idle_bytes -= fit
                 if idle:

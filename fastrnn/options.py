@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, cast
 
+from fastrnn.checks import shown
+
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
@@ -17,7 +19,7 @@ def check_options(options: Mapping[str, Any], taken: Collection[str], owner: str
         if name not in taken:
             raise TypeError(
                 f"{name}: expected an option that {owner} has ({', '.join(sorted(taken))}), "
-                f"got {name}={value!r:.100}"
+                f"got {name}={shown(value):.100}"
             )
 
 

@@ -630,7 +630,8 @@ class Recurrent(Module):
             steps * batch,
             pieces,
             every or steps,
-            all(took.steps == batch) and all(columns == batch for _, columns in pieces),
+            bool((took.steps == batch).all()) and all(columns == batch for _, columns in pieces),
+            took.anew is not None and len(pieces) > 1,
             flow,
         )
         return self.dtype.itemsize * step_numbers(work, get_num_threads())

@@ -114,8 +114,8 @@ class Kept:
 
 
 def scratch_rows(row: int, columns: int, most: int, dtype: np.dtype, threads: int) -> int:
-    """Rows of a tape that is not kept, as many as any piece can need; see `forward`."""
-    chunks = threads * max(_CHUNK_BYTES // (row * dtype.itemsize), gemm.HEIGHT)
+    """Rows of a tape that is not kept, as many as any piece of a call needs; see `forward`."""
+    chunks = threads * max(_CHUNK_BYTES // (row * dtype.itemsize) + 1, gemm.HEIGHT)
     return min(most, max(columns, chunks))
 
 
@@ -189,7 +189,8 @@ def forward(
             carry[layout.first, i * hidden : i * hidden + size] = layout.heard(value)
         taped = count if keep else chunk * columns
         if most and not keep:
-            taped = scratch_rows(row, columns, most, dtype, get_num_threads())
+            alike = scratch_rows(row, columns, most, dtype, get_num_threads())
+            taped = max(taped, alike)
         tape = empty((taped, row), dtype)
         stats = np.empty((len(tape), 3), dtype) if cell.normed else None
         packed = of.pack(cell, tokens, meet > 1, table)

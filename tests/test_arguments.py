@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -116,6 +117,10 @@ def test_numbers_that_python_does_not_write_are_described():
     huge, layer, x = 10**5000, fastrnn.GRU(3, 4, zoneout=0.5), np.zeros((5, 2, 3), np.float32)
     with pytest.raises(ValueError, match=r"zoneout: .*\[0, 1\), got an integer of 16610 bits"):
         fastrnn.GRU(3, 4, zoneout=huge)
+    with pytest.raises(ValueError, match=r"zoneout: .* got a Fraction that is too long to write"):
+        fastrnn.GRU(3, 4, zoneout=Fraction(huge, huge - 1))
+    with pytest.raises(TypeError, match=r"wings: expected an option .* wings=an integer of 16610"):
+        fastrnn.GRU(3, 4, wings=huge)
     with pytest.raises(ValueError, match=r"hidden_size: .* at least 1, got an integer of 16610"):
         fastrnn.GRU(3, -huge)
     with pytest.raises(ValueError, match=r"first_step: .* got an integer of 16610 bits"):

@@ -74,6 +74,9 @@ def test_many_uneven_pieces_take_what_they_say(sizes, both):
     resets = np.random.default_rng(1).random((steps, batch)) < 0.05
     most, said, _ = taken(layer, steps, batch, checkpoint_every=every, resets=resets)
     assert 0.75 * said < most < 1.06 * said
+    # No sequence begins anew, but any might.
+    most, said, _ = taken(layer, steps, batch, checkpoint_every=every, resets=resets & False)
+    assert 0.75 * said < most < 1.06 * said
     # All end early, so half of the pieces have no steps.
     lengths = np.full(batch, steps // 2)
     most, said, _ = taken(layer, steps, batch, checkpoint_every=every, lengths=lengths)

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastrnn
+from fastrnn import recurrence, single
 from fastrnn.cells import CELLS
 from fastrnn.simd import padded
 
@@ -169,3 +170,32 @@ def test_resets_where_pieces_begin(cell, layers, every, lengths):
     resets[every::every, 1:] = True
     want = run(problem, None, lengths=lengths, resets=resets)
     same_results(run(problem, every, lengths=lengths, resets=resets), want)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("size", [64, 96, 144, 640])
+def test_scratch_is_of_one_size_that_does_for_every_piece(size, both, count, monkeypatch):
+    """Units that threads share make chunks longer; most sizes do not divide evenly."""
+    rng = np.random.default_rng(0)
+    found = []
+
+    def watched(function, meet, parts, calls):
+        if function is recurrence.forward_slice:
+            for _, _, chunk, keep, starts, ends, *_, tape, _, _ in calls:
+                assert len(tape) >= (starts[-1] - starts[1] if keep else chunk * (len(ends) - 1))
+                found.extend([] if keep else [len(tape)])
+        return original(function, meet, parts, calls)
+
+    original = single._run
+    monkeypatch.setattr(single, "_run", watched)
+    layer = fastrnn.LSTM(3, size, bidirectional=both, seed=0)
+    for batch in (1, 5):
+        x = rng.standard_normal((1050, batch, 3), dtype=np.float32)
+        resets = rng.random((1050, batch)) < 0.005
+        for uneven in ({}, {"resets": resets}):
+            found.clear()
+            with threads(count):
+                layer.forward(x, checkpoint_every=350, **uneven)
+            assert len(found) == 2 * (1 + both)
+            assert len(set(found)) == 1
