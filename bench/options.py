@@ -6,8 +6,8 @@
     python -m bench.options --memory 256       # T = 100,000, one sequence, H = 128, within 256 MB
 
 A step is one of training, or with `--mode inference` a call. `--scaling` times each on one thread,
-too. Each runs in a process of its own, they take turns; ratios of medians. What is computed is
-the tests' affair, all options of a layer against the reference.
+too. Each runs in a process of its own, next to what it is compared with; medians of these ratios.
+What is computed is the tests' affair, all options of a layer against the reference.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ class Option(NamedTuple):
     beside: str = PLAIN
     trained: bool = False
 
+
+# A name and a number of threads; what is timed, and what beside.
+Key = tuple[str, int]
+Pair = tuple[Key, Key]
 
 ALL = "rnn,lstm,gru"
 GATED = "lstm,gru"
@@ -188,31 +192,35 @@ def worker(what: str, threads: int) -> None:
         print(json.dumps({"times": times}), flush=True)
 
 
-def race(
-    names: list[str], cell: str, case: str, options: argparse.Namespace
-) -> dict[tuple[str, int], float]:
-    """The median time of each, with each number of threads."""
-    counts = [options.threads, 1] if options.scaling else [options.threads]
-    racing: dict[tuple[str, int], Process] = {}
-    times: dict[tuple[str, int], list[float]] = {}
+def race(pairs: list[Pair], cell: str, case: str, options: argparse.Namespace) -> dict[Pair, float]:
+    """How many times as long the first of each pair takes as the second.
+
+    The machine may be half as fast a minute later: in each round both are timed one after the
+    other, and what counts is the median of these ratios.
+    """
+    racing: dict[Key, Process] = {}
+    ratios: dict[Pair, list[float]] = {pair: [] for pair in pairs}
     with contextlib.ExitStack() as ends:
-        for key in ((name, count) for name in names for count in counts):
-            what = f"{key[0]}:{cell}:{case}:{options.dtype}:{options.mode}"
-            racing[key] = Process(what, sys.executable, key[1], "bench.options")
-            times[key] = []
-            ends.callback(racing[key].end)
+        for name, count in dict.fromkeys(key for pair in pairs for key in pair):
+            what = f"{name}:{cell}:{case}:{options.dtype}:{options.mode}"
+            process = racing[name, count] = Process(what, sys.executable, count, "bench.options")
+            ends.callback(process.end)
             # Compiled, and a step more.
             for _ in range(2):
-                racing[key].ask(do="time", seconds=0)
-        keys = list(racing)
+                process.ask(do="time", seconds=0)
+
+        def timed(key: Key) -> float:
+            answer = calm(racing[key], options.seconds)
+            if "failed" in answer:
+                raise RuntimeError(f"{key[0]}: {answer['failed']}")
+            return statistics.median(answer["times"])
+
         for turn in range(options.rounds):
-            shift = turn % len(keys)
-            for key in keys[shift:] + keys[:shift]:
-                answer = calm(racing[key], options.seconds)
-                if "failed" in answer:
-                    raise RuntimeError(f"{key[0]}: {answer['failed']}")
-                times[key] += answer["times"]
-    return {key: statistics.median(found) for key, found in times.items()}
+            for pair in pairs:
+                # In turns, so that neither is always the first.
+                both = {key: timed(key) for key in (pair if turn % 2 else pair[::-1])}
+                ratios[pair].append(both[pair[0]] / both[pair[1]])
+    return {pair: statistics.median(found) for pair, found in ratios.items()}
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -223,33 +231,39 @@ def _compare(options: argparse.Namespace) -> None:
                 name
                 for name, option in OPTIONS.items()
                 if cell in option.cells.split(",")
+                and option.beside != name
                 and not (option.trained and options.mode == "inference")
-                and (options.only is None or name in {PLAIN, DEEP, *options.only.split(",")})
+                and (options.only is None or name in options.only.split(","))
             ]
-            found = race(names, cell, case, options)
-            print(f"{case} {cell}: plain {1e3 * found[PLAIN, threads]:.2f} ms")
-            for name in names:
-                ratio = found[name, threads] / found[OPTIONS[name].beside, threads]
-                told = f"  {name:18} {ratio:.2f} (wanted {OPTIONS[name].allowed})"
-                if options.scaling:
-                    told += (
-                        f", one thread {found[name, 1] / found[name, threads]:.2f} times as long"
-                    )
-                print(told, flush=True)
+            pairs: list[Pair] = [
+                ((name, threads), (OPTIONS[name].beside, threads)) for name in names
+            ]
+            if options.scaling:
+                alone: list[Pair] = [((name, 1), (name, threads)) for name in (PLAIN, *names)]
+            else:
+                alone = []
+            found = race(pairs + alone, cell, case, options)
+            print(f"{case} {cell}")
+            for (name, _), (beside, _) in pairs:
+                told = f"  {name:18} {found[(name, threads), (beside, threads)]:.2f}"
+                print(f"{told} of {beside} (wanted {OPTIONS[name].allowed})", flush=True)
+            for (name, _), _ in alone:
+                ratio = found[(name, 1), (name, threads)]
+                print(f"  {name:18} {ratio:.2f} times as long on one thread", flush=True)
 
 
 def _compare_lengths(options: argparse.Namespace) -> None:
     place = "T200B64I64H128"
     case = find(place)
     share = lengths_of(case).sum() / (case.T * case.B)
+    plain, lengths, packed = ((name, options.threads) for name in (PLAIN, "lengths", "packed"))
     for cell in options.cells.split(","):
-        times = race([PLAIN, "lengths", "packed"], cell, place, options)
-        found = {name: times[name, options.threads] for name in (PLAIN, "lengths", "packed")}
-        ratio = found["lengths"] / found[PLAIN]
+        found = race([(lengths, plain), (packed, lengths)], cell, place, options)
+        ratio = found[lengths, plain]
         print(
             f"{cell}: {share:.3f} of the steps take {ratio:.3f} of the padded time, "
             f"{ratio / share:.2f} times their share (wanted 1.15); PyTorch's packed sequences "
-            f"{found['packed'] / found['lengths']:.1f} times as long (wanted 5)",
+            f"{found[packed, lengths]:.1f} times as long (wanted 5)",
             flush=True,
         )
 
