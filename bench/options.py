@@ -28,7 +28,7 @@ import numpy as np
 import fastrnn
 from bench.cases import Case, find
 from bench.resident import most_from_now, resident
-from bench.runner import Process, calm
+from bench.runner import Clock, Process
 from fastrnn.cells import CELLS
 
 PLAIN, DEEP = "plain", "two_layers"
@@ -209,8 +209,11 @@ def race(pairs: list[Pair], cell: str, case: str, options: argparse.Namespace) -
             for _ in range(2):
                 process.ask(do="time", seconds=0)
 
+        clock = Clock(options.threads)
+        ends.callback(clock.end)
+
         def timed(key: Key) -> float:
-            answer = calm(racing[key], options.seconds)
+            answer = clock.time(racing[key], options.seconds, options.dtype)
             if "failed" in answer:
                 raise RuntimeError(f"{key[0]}: {answer['failed']}")
             return statistics.median(answer["times"])

@@ -89,9 +89,14 @@ def disturbed(entry: dict[str, Any]) -> str:
     """Who lost much to others, ours or the peer that it is compared with; empty if nobody did."""
     words = []
     for name in ("fastrnn", best_peer(entry)[0]):
-        shares = entry["contestants"].get(name or "", {}).get("stolen") or [None]
+        found = entry["contestants"].get(name or "", {})
+        shares = found.get("stolen") or [None]
         if None not in shares and statistics.median(shares) > _MUCH:
             words.append(f"{name} {statistics.median(shares):.0%}")
+        # Older records do not tell.
+        whole = found.get("whole", [])
+        if 2 * whole.count(False) > len(whole):
+            words.append(f"{name} had half of the machine")
     return ", ".join(words)
 
 

@@ -30,6 +30,9 @@ _PATIENCE = 120
 # The share of a round that a virtual machine's host may take for others, ticks of the clock that
 # are nothing in any case, and how often a round that lost more is timed at most.
 _STOLEN, _TICKS, _TRIES = 0.02, 2, 4
+# How long the speed of the processors is looked at, which share of what it was they are to have,
+# and how often and after how many seconds a round is timed again where they have not.
+_GLANCE, _WHOLE, _WAITS, _PAUSE = 0.01, 0.8, 4, 0.3
 
 
 class Process:
@@ -165,6 +168,60 @@ def calm(process: Process, seconds: float) -> dict[str, Any]:
     return best
 
 
+class Clock:
+    """Times rounds while the machine has all of its processors.
+
+    A host may put two virtual processors on one core for seconds or minutes. Nothing is stolen by
+    that, but both together are as fast as one.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._machine = Process("bench.machine", sys.executable, threads)
+        self._fastest: dict[str, float] = {}
+
+    def _ask(self, what: str, seconds: float, dtype: str) -> dict[str, Any]:
+        answer = self._machine.ask(do=what, seconds=seconds, dtype=dtype)
+        if "failed" in answer:
+            raise RuntimeError(f"bench.machine: {answer['failed']}")
+        self._fastest[dtype] = max(answer["gflops"], self._fastest.get(dtype, 0.0))
+        return answer
+
+    def whole(self, dtype: str) -> bool:
+        """Whether its processors are about as fast now as they ever were."""
+        return self._ask("speed", _GLANCE, dtype)["gflops"] >= _WHOLE * self._fastest[dtype]
+
+    def limits(self, dtype: str) -> dict[str, Any]:
+        """Those of the whole machine, if it is that some time soon."""
+        for _ in range(_WAITS):
+            found = self._ask("limits", _SECONDS_OF_LIMITS, dtype)
+            if found["gflops"] >= _WHOLE * self._fastest[dtype]:
+                break
+            time.sleep(_PAUSE)
+        return found
+
+    def time(self, process: Process, seconds: float, dtype: str) -> dict[str, Any]:
+        """`calm` on the whole machine, if it is that some time soon: "whole" tells."""
+        best: dict[str, Any] = {}
+        for _ in range(_WAITS):
+            before = self.whole(dtype)
+            # The threads of the one before may still spin.
+            time.sleep(0.05)
+            answer = calm(process, seconds)
+            if "failed" in answer:
+                return answer
+            answer["whole"] = before and self.whole(dtype)
+            if not best or answer["whole"]:
+                best = answer
+            if answer["whole"]:
+                break
+            time.sleep(_PAUSE)
+        return best
+
+    def end(self) -> None:
+        """End its process."""
+        self._machine.end()
+
+
 class Race:
     """Runs cases with the contestants it was given; `results` grows by one entry a case."""
 
@@ -180,7 +237,7 @@ class Race:
         self.rounds, self.seconds, self.tell = rounds, seconds, tell
         self.results: list[dict[str, Any]] = []
         self.failures = 0
-        self._machine = Process("bench.machine", sys.executable, threads)
+        self._clock = Clock(threads)
         self._how = pythons, threads
         self._processes = {one: start_worker(one, *self._how) for one in contestants}
 
@@ -202,21 +259,22 @@ class Race:
                 elif not answer["error"] <= GATE[own]:
                     found[one] = {"missing": f"wrong by {answer['error']:.1e}"}
                 else:
-                    found[one] = answer | {"rounds": [], "stolen": []}
+                    found[one] = answer | {"rounds": [], "stolen": [], "whole": []}
                 if "missing" in found[one]:
                     self._tell_missing(one, found[one])
         racing = [one for one in found if "rounds" in found[one]]
         limits = []
         for turn in range(self.rounds):
-            limits.append(self._machine.ask(do="limits", seconds=_SECONDS_OF_LIMITS, dtype=dtype))
-            if "failed" in limits[-1]:
-                raise RuntimeError(f"bench.machine: {limits[-1]['failed']}")
+            limits.append(self._clock.limits(dtype))
             # Nobody always runs after the same one.
             for one in list(itertools.islice(itertools.cycle(racing), turn, turn + len(racing))):
-                # The threads of the one before may still spin.
-                time.sleep(0.05)
-                with _busy(one.busy):
-                    answer = calm(self._processes[one], self.seconds)
+                process = self._processes[one]
+                if one.busy:
+                    # Where one processor is another's, the machine is not whole.
+                    with _busy(one.busy):
+                        answer = calm(process, self.seconds) | {"whole": None}
+                else:
+                    answer = self._clock.time(process, self.seconds, dtype)
                 if "failed" in answer:
                     found[one] = {"missing": answer["failed"][:200]}
                     racing.remove(one)
@@ -224,6 +282,7 @@ class Race:
                     continue
                 found[one]["rounds"].append(statistics.median(answer["times"]))
                 found[one]["stolen"].append(answer["stolen"])
+                found[one]["whole"].append(answer["whole"])
         entry = {
             "mode": mode,
             "case": case,
@@ -241,7 +300,7 @@ class Race:
 
     def end(self) -> None:
         """End all processes."""
-        for process in (self._machine, *self._processes.values()):
+        for process in (self._clock, *self._processes.values()):
             process.end()
 
 

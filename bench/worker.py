@@ -138,6 +138,10 @@ class Worker:
         """The machine's."""
         return self.module.limits(self.threads, seconds, dtype)
 
+    def speed(self, seconds: float, dtype: str) -> dict[str, Any]:
+        """Of them, that of the processors."""
+        return self.module.speed(self.threads, seconds, dtype)
+
 
 def main() -> None:
     # What a contestant or a compiler prints must not be taken for an answer.

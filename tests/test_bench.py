@@ -186,6 +186,36 @@ def test_where_nobody_knows_a_round_is_timed_once(monkeypatch):
     assert runner.calm(process, 0.5) == {"times": [1], "stolen": None}
 
 
+class Machine:
+    """A process that comes to these speeds, one after the other."""
+
+    def __init__(self, speeds):
+        self.speeds = iter(speeds)
+
+    def ask(self, **request):
+        return {"gflops": next(self.speeds), "gbytes": 1.0}
+
+
+def new_clock(monkeypatch, *speeds):
+    monkeypatch.setattr(runner, "Process", lambda *arguments: Machine(speeds))
+    monkeypatch.setattr(runner.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(runner, "_ticks", lambda: None)
+    return runner.Clock(2)
+
+
+def test_a_round_on_half_of_the_machine_is_timed_again(monkeypatch):
+    calm, before, behind = (195, 200), (100,), (200, 100)
+    clock, process = new_clock(monkeypatch, *calm, *before, *behind, *calm, *before * 4), Timed()
+    assert clock.time(process, 0.5, "float32") == {"times": [1], "stolen": None, "whole": True}
+    # The first that is whole counts.
+    assert clock.time(process, 0.5, "float32") == {"times": [4], "stolen": None, "whole": True}
+    # None is: the first counts, and says so.
+    assert clock.time(process, 0.5, "float32") == {"times": [5], "stolen": None, "whole": False}
+    assert len(process.asked) == 8
+    clock = new_clock(monkeypatch, 200, 110, 120, 190)
+    assert [clock.limits("float32")["gflops"] for _ in range(2)] == [200, 190]
+
+
 def test_who_is_disturbed_is_told():
     calm, lost = entry([1e-3], [2e-3]), entry([1e-3], [2e-3])
     calm["contestants"]["torch"]["stolen"] = [0.0, 0.01, 0.9]
@@ -195,6 +225,10 @@ def test_who_is_disturbed_is_told():
     assert report.disturbed(calm) == ""
     lost["contestants"]["torch"]["stolen"] = [0.0, 0.3, 0.4]
     assert report.disturbed(lost) == "torch 30%"
+    half = entry([1e-3], [2e-3])
+    half["contestants"]["fastrnn"]["whole"] = [True, False, False]
+    half["contestants"]["torch"]["whole"] = [True, False]
+    assert report.disturbed(half) == "fastrnn had half of the machine"
     text = report.markdown({"about": {}, "results": [calm, lost]}, [])
     assert text.count("lost much all the same") == 1
     assert "training small lstm: torch 30%" in text
