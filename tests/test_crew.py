@@ -9,7 +9,8 @@ import time
 
 import numpy as np
 import pytest
-from test_processes import InterruptAt, Program, Recorder, posix
+from test_parallel import InterruptAt, Recorder
+from test_processes import Program, posix
 
 from fastrnn import crew, meeting, parallel
 from fastrnn.crew import divided
