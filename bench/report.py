@@ -204,6 +204,11 @@ def _bars(axis: Any, results: list[dict[str, Any]], value: Any) -> None:
     axis.set_xticks(range(len(cases)), cases)
 
 
+def _legend(axis: Any) -> None:
+    """Beside the bars."""
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
 def _lines(axis: Any, results: list[dict[str, Any]], size: str) -> None:
     """Time of a token against one size, where the other sizes are as most cases have them."""
     usual = {"T": 64, "B": 32, "H": 128}
@@ -225,10 +230,10 @@ def _lines(axis: Any, results: list[dict[str, Any]], size: str) -> None:
 
 
 def _plain_numbers(axis: Any) -> None:
-    """1, 2, 3 and 5 times a power of ten, written out."""
+    """A few numbers between powers of ten, written out."""
     from matplotlib import ticker
 
-    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.yaxis.set_minor_formatter(ticker.NullFormatter())
 
@@ -268,12 +273,12 @@ def draw(folder: Path, stem: str, record: dict[str, Any]) -> list[str]:
             axis.axhline(1, color="black", linewidth=0.8)
             axis.set(title=f"{mode}: times faster than the best peer", yscale="log")
             _plain_numbers(axis)
-            axis.legend()
+            _legend(axis)
             save(figure, f"{mode}-ratio")
         figure, axis = pyplot.subplots(figsize=(9, 3.6))
         _bars(axis, chosen, share)
         axis.set(title=f"{mode}: share of the multiply-add peak", ylim=(0, 1))
-        axis.legend()
+        _legend(axis)
         save(figure, f"{mode}-share")
     return made
 
