@@ -16,7 +16,8 @@ from fastrnn.cells import CELLS
 from fastrnn.reference import CELLS as REFERENCE
 from fastrnn.reference import masks
 
-DTYPES = [np.float32, np.float64]
+F4, F8 = np.float32, np.float64
+DTYPES = [F4, F8]
 # float32 relu: a pre-activation this near zero might fall on either side of the kink.
 KINK = 1e-4
 # And a cell state this near its bound on either side of that.
@@ -63,6 +64,10 @@ OPTIONS = {
     fastrnn.GRU: {"reset_after": False, "reset_gate": False, "bias": False},
     fastrnn.LSTM: {"proj_size": 3, "peephole": True, "coupled": True, "cell_clip": 0.5},
 }
+
+
+def zeros(*shape, dtype=F4):
+    return np.zeros(shape, dtype)
 
 
 def says(*parts):

@@ -8,23 +8,21 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from helpers import (
+    F4,
+    F8,
     OPTIONS,
     each_of,
     frozen,
     same_results,
     says,
     spoilt_arrays,
+    zeros,
 )
 
 import fastrnn
 from fastrnn.cells import CELLS
 
-F4, F8 = np.float32, np.float64
 T, B, n_in, H = 4, 3, 5, 6
-
-
-def zeros(*shape, dtype=F4):
-    return np.zeros(shape, dtype)
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "x"])

@@ -7,21 +7,18 @@ import math
 import numpy as np
 import pytest
 from helpers import (
+    F4,
+    F8,
     agree,
     each_dtype,
     each_of,
     frozen,
     same_results,
     says,
+    zeros,
 )
 
 from fastrnn.clip import clip_grad_norm_, clip_grad_value_, grad_norm
-
-F4, F8 = np.float32, np.float64
-
-
-def zeros(*shape, dtype=F4):
-    return np.zeros(shape, dtype)
 
 
 @each_dtype

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 from helpers import (
+    F4,
+    F8,
     agree,
     each_dtype,
     each_of,
@@ -14,16 +16,11 @@ from helpers import (
     same,
     says,
     spoilt_arrays,
+    zeros,
 )
 
 import fastrnn
 from fastrnn.reference import linear as reference_linear
-
-F4, F8 = np.float32, np.float64
-
-
-def zeros(*shape, dtype=F4):
-    return np.zeros(shape, dtype)
 
 
 @each_dtype

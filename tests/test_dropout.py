@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 from helpers import (
+    F4,
+    F8,
     OPTIONS,
     as_parts,
     as_state,
@@ -20,7 +22,6 @@ import fastrnn
 from fastrnn.cells import CELLS
 from fastrnn.dropout import dropout
 
-F4, F8 = np.float32, np.float64
 T, B, n_in, H = 4, 3, 5, 6
 
 

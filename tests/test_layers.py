@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from helpers import (
+    F4,
+    F8,
     OPTIONS,
     agree,
     as_parts,
@@ -22,18 +24,14 @@ from helpers import (
     same,
     same_results,
     threads,
+    zeros,
 )
 
 import fastrnn
 from fastrnn.cells import CELLS
 from fastrnn.simd import lanes
 
-F4, F8 = np.float32, np.float64
 T, B, n_in, H = 4, 3, 5, 6
-
-
-def zeros(*shape, dtype=F4):
-    return np.zeros(shape, dtype)
 
 
 @each_cell

@@ -7,22 +7,19 @@ import math
 import numpy as np
 import pytest
 from helpers import (
+    F4,
+    F8,
     agree,
     each_dtype,
     each_of,
     frozen,
     same,
     says,
+    zeros,
 )
 
 from fastrnn import loss
 from fastrnn.reference import loss as reference_loss
-
-F4, F8 = np.float32, np.float64
-
-
-def zeros(*shape, dtype=F4):
-    return np.zeros(shape, dtype)
 
 
 @each_dtype

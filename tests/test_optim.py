@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 from helpers import (
+    F4,
+    F8,
     agree,
     each_dtype,
     each_of,
@@ -15,15 +17,10 @@ from helpers import (
     same,
     same_results,
     says,
+    zeros,
 )
 
 from fastrnn import optim, reference
-
-F4, F8 = np.float32, np.float64
-
-
-def zeros(*shape, dtype=F4):
-    return np.zeros(shape, dtype)
 
 
 def test_sgd_without_momentum_forgets_an_infinity():
