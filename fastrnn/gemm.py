@@ -31,7 +31,7 @@ from fastrnn.simd import (
     store_n,
     width_of,
 )
-from fastrnn.tile import COLS, LINE, PANELS, ROWS, STRIP, tile, tile_of_strip
+from fastrnn.tile import COLS, LINE, PANELS, ROWS, STRIP, tiles, tiles_of_strip
 
 # Bytes of a register.
 WIDTH = machine().width
@@ -98,10 +98,10 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
     far = n * k * WIDTH // w > NEAR
     for top in range(0, m, HEIGHT):
         height = min(HEIGHT, m - top)
-        tiles = (height + ROWS - 1) // ROWS
+        count = (height + ROWS - 1) // ROWS
         # Tiles of as many rows, some of one more.
-        least = height // tiles
-        higher = height - least * tiles
+        least = height // count
+        higher = height - least * count
         most = PANELS[min(height, ROWS)]
         left = 0
         while left < n:
@@ -118,24 +118,29 @@ def multiply(groups, m, n, k, a, a_row, a_group, p, init, init_row, c, c_row, c_
                 ahead = p if left + width == n and deep + depth == k else at(panel, size)
                 # As many tiles ask as there are lines for, if there are as many.
                 asking = 0
-                if far and cols == COLS and size <= tiles * groups * depth * line:
+                if far and cols == COLS and size <= count * groups * depth * line:
                     asking = size // (depth * line)
                 for group in range(groups):
-                    row = top
-                    for q in range(tiles):
-                        rows = least + 1 if q < higher else least
+                    row, q = top, 0
+                    while q < count:
+                        # Those of one shape.
+                        rows, end = (least + 1, higher) if q < higher else (least, count)
+                        turn = group * count + q
+                        fetch = 1 if turn < asking else 0
+                        if fetch:
+                            end = min(end, q + asking - turn)
                         into = at(c, group * c_group + row * c_row + left)
                         first = at(a, group * a_group + row * a_row + deep)
                         start, start_row = into, c_row
                         if deep == 0:
                             start, start_row = at(init, row * init_row + left), init_row
-                        turn = group * tiles + q
-                        tile(
-                            rows, cols, last, depth, first, a_row, 1 if turn < asking else 0, panel,
-                            k * wide, at(ahead, turn * depth * line), start, start_row, into, c_row,
-                            at(into, rows * c_row if q < tiles - 1 else 0),
+                        tiles(
+                            end - q, rows, cols, last, depth, first, a_row, fetch, panel, k * wide,
+                            at(ahead, turn * depth * line), start, start_row, into, c_row,
+                            1 if end < count else 0,
                         )  # fmt: skip
-                        row += rows
+                        row += rows * (end - q)
+                        q = end
             left += width
 
 
@@ -242,15 +247,19 @@ def _add_products(strips, first, end, blocks, size, depth, order, panel, m, out)
         while block < end:
             run, inside, take = _strip(block, end, blocks)
             height = min(take * w, size - inside * w)
-            tiles = (height + ROWS - 1) // ROWS if order[run] >= 0 else 0
-            for q in range(tiles):
-                top = height * q // tiles
-                rows = height * (q + 1) // tiles - top
-                c = at(out, (order[run] * size + inside * w + top) * m + left)
-                tile_of_strip(
-                    rows, cols, last, depth, at(strip, top), at(panel, left * depth), c, m, c, m,
-                    at(c, rows * m if q < tiles - 1 else 0),
-                )  # fmt: skip
+            if order[run] >= 0:
+                count = (height + ROWS - 1) // ROWS
+                least = height // count
+                higher = height - least * count
+                top = 0
+                for rows, same in ((least + 1, higher), (least, count - higher)):
+                    if same > 0:
+                        c = at(out, (order[run] * size + inside * w + top) * m + left)
+                        top += rows * same
+                        tiles_of_strip(
+                            same, rows, cols, last, depth, at(strip, top - rows * same),
+                            at(panel, left * depth), c, m, c, m, 1 if top < height else 0,
+                        )  # fmt: skip
             block += take
             strip = at(strip, RUN * STRIP * w)
 

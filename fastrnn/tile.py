@@ -4,8 +4,9 @@ Each element is one chain of multiply-adds in the order of k. The loop is writte
 at a time with constant distances, so that little is left in it but loads and multiply-adds: where
 two programs share a core, it is the number of instructions that counts.
 
-A tile asks on the way for what comes after it: for the next panel where panels lie beyond the
-second-level cache, else for the rows of C below its own.
+A tile asks for what comes after it: for the next panel where panels lie beyond the second-level
+cache, link by link, else at once for the rows of C below its own. Tiles of a shape that lie below
+each other are one call: with 64 links, calling takes a tenth of a tile.
 """
 
 from __future__ import annotations
@@ -46,11 +47,13 @@ PANELS = (1, *(max(1, min(TOGETHER, ROWS // height)) for height in range(1, ROWS
 def _tile(of_strip):
     """C[rows, cols registers] = init + sum over k of A[row, k] * P[k, column], on pointers.
 
+    That is a tile; there are `count` of them, from 1, each on the rows below the last one's.
+
     A[row, k] is at a[row*a_row + k], of a strip at a[k*STRIP*lanes + row]. `last` lanes of the last
     register of columns exist in init and C. Distances are in elements. More than COLS registers are
-    those of several panels, `p_step` apart; see PANELS. If `fetch` is 1, not 0,
-    there are COLS registers of columns, and each link asks for a line from `ahead` on; else, with
-    as many columns, the first turns of the loop ask for as many rows of C from `below` on.
+    those of several panels, `p_step` apart; see PANELS. If `fetch` is 1, not 0, there are COLS
+    registers of columns, and each link asks for a line from `ahead` on; else, with as many columns,
+    each tile asks for the rows of C below it, the last one if `more` is 1, not 0.
     """
     shapes = [(0, height, width) for height in range(1, ROWS + 1) for width in range(1, COLS + 1)]
     if not of_strip:
@@ -64,20 +67,22 @@ def _tile(of_strip):
 
     @intrinsic
     def tile(
-        typingctx, rows, cols, last, depth, a, a_row, fetch, p, p_step, ahead, init, init_row, c,
-        c_row, below,
+        typingctx, count, rows, cols, last, depth, a, a_row, fetch, p, p_step, ahead, init,
+        init_row, c, c_row, more,
     ):  # fmt: skip
         vec = Vec(c.dtype)
         i = types.intp
 
         def codegen(context, builder, sig, args):
-            rows, cols, last, depth, a, a_row, fetch, p, p_step, *more = args
-            ahead, init, init_row, c, c_row, below = more
+            count, rows, cols, last, depth, a, a_row, fetch, p, p_step, *others = args
+            ahead, init, init_row, c, c_row, more = others
             number = rows.type
             line = LINE * 8 // vec.dtype.bitwidth
             mask = first_lanes(builder, vec, last)
             whole = builder.icmp_signed("==", last, number(vec.lanes))
             along = STRIP * vec.lanes if of_strip else 1
+            turns = builder.sdiv(depth, number(LINKS))
+            left_over = builder.srem(depth, number(LINKS))
             done = builder.append_basic_block("tile.done")
             shape = builder.add(builder.mul(fetch, number(ROWS + 1)), rows)
             shape = builder.add(builder.mul(shape, number(widest + 1)), cols)
@@ -87,11 +92,8 @@ def _tile(of_strip):
                 offset = builder.add(builder.mul(distance, number(times)), number(plus))
                 return builder.gep(pointer, [offset])
 
-            def loop(count, links, asked, step, width, starts, p, ahead, sums):
-                """`count` times `links` links of every chain; all pointers and sums move on.
-
-                Each turn asks for `asked` lines of the cache, `step` after those of the last turn.
-                """
+            def loop(count, links, fetch, width, starts, p, ahead, sums):
+                """`count` times `links` links of every chain; all pointers and sums move on."""
                 before = builder.block
                 body = builder.append_basic_block("tile.loop")
                 after_all = builder.append_basic_block("tile.end")
@@ -101,7 +103,7 @@ def _tile(of_strip):
                 phis = [builder.phi(value.type) for value in state]
                 turn, p, ahead, *rest = phis
                 starts, sums = rest[: len(starts)], rest[len(starts) :]
-                for i in range(asked):
+                for i in range(links if fetch else 0):
                     prefetch(builder, builder.gep(ahead, [number(i * line)]))
                 side = min(width, COLS)
                 begins = [move(p, p_step, i) if i else p for i in range(width // side)]
@@ -134,7 +136,8 @@ def _tile(of_strip):
                                 sums[at] = multiply_add(builder, vec, x, found[col], sums[at])
                 turn = builder.add(turn, number(1))
                 p = builder.gep(p, [number(links * side * vec.lanes)])
-                ahead = builder.gep(ahead, [step])
+                if fetch:
+                    ahead = builder.gep(ahead, [number(links * line)])
                 starts = [builder.gep(at, [number(links * along)]) for at in starts]
                 after = [turn, p, ahead, *starts, *sums]
                 for phi, first, next_one in zip(phis, state, after, strict=True):
@@ -151,7 +154,7 @@ def _tile(of_strip):
                 p, ahead, *rest = merged
                 return rest[: len(starts)], p, ahead, rest[len(starts) :]
 
-            def begun(height, width):
+            def begun(init, height, width):
                 """The registers of init."""
                 places = [
                     [move(init, init_row, row, col * vec.lanes) for col in range(width)]
@@ -171,7 +174,7 @@ def _tile(of_strip):
                     row[-1].add_incoming(other, from_part)
                 return [value for row in found for value in row]
 
-            def end(height, width, sums):
+            def end(c, width, sums):
                 """Store the registers of C."""
                 rest = []
                 for at, value in enumerate(sums):
@@ -190,26 +193,49 @@ def _tile(of_strip):
                         for value, target in rest:
                             write_masked(builder, vec, value, target, mask)
 
+            def below(c, after, height, width):
+                """Ask for the rows of C there, if the next tile or `more` have them."""
+                there = builder.or_(after, builder.icmp_signed("!=", more, number(0)))
+                first = builder.select(there, move(c, c_row, height), c)
+                for row in range(height):
+                    for at in range(0, width * vec.lanes, line):
+                        prefetch(builder, move(first, c_row, row, at))
+
             def block(fetch, height, width):
-                sums = begun(height, width)
-                starts = [a] if of_strip else [move(a, a_row, row) for row in range(height)]
-                turns = builder.sdiv(depth, number(LINKS))
-                left_over = builder.srem(depth, number(LINKS))
-                state = starts, p, ahead, sums
+                """`count` tiles."""
+                before = builder.block
+                body = builder.append_basic_block(f"tile.{height}x{width}")
+                builder.branch(body)
+                builder.position_at_end(body)
+                state = [number(0), a, ahead, init, c]
+                phis = [builder.phi(value.type) for value in state]
+                turn, a_here, ahead_here, init_here, c_here = phis
+                turn = builder.add(turn, number(1))
+                after = builder.icmp_signed("<", turn, count)
+                sums = begun(init_here, height, width)
                 if width == COLS and not fetch:
-                    few = builder.icmp_signed("<", turns, number(height))
-                    first = builder.select(few, turns, number(height))
-                    row_of_c = -(-width * vec.lanes // line)
-                    state = loop(first, LINKS, row_of_c, c_row, width, starts, p, below, sums)
-                    turns = builder.sub(turns, first)
-                for count, links in ((turns, LINKS), (left_over, 1)):
-                    asked = links if fetch else 0
-                    state = loop(count, links, asked, number(asked * line), width, *state)
-                end(height, width, state[3])
-                builder.branch(done)
+                    below(c_here, after, height, width)
+                starts = [a_here]
+                if not of_strip:
+                    starts = [move(a_here, a_row, row) for row in range(height)]
+                links = starts, p, ahead_here, sums
+                links = loop(turns, LINKS, fetch, width, *links)
+                *_, ahead_here, sums = loop(left_over, 1, fetch, width, *links)
+                end(c_here, width, sums)
+                moved = [
+                    turn,
+                    move(a_here, number(1) if of_strip else a_row, height),
+                    ahead_here,
+                    move(init_here, init_row, height),
+                    move(c_here, c_row, height),
+                ]
+                for phi, first, next_one in zip(phis, state, moved, strict=True):
+                    phi.add_incoming(first, before)
+                    phi.add_incoming(next_one, builder.block)
+                builder.cbranch(after, body, done)
 
             for fetch, height, width in shapes:
-                start = builder.append_basic_block(f"tile.{height}x{width}")
+                start = builder.append_basic_block("tile.start")
                 which = (fetch * (ROWS + 1) + height) * (widest + 1) + width
                 choice.add_case(number(which), start)
                 builder.position_at_end(start)
@@ -217,7 +243,7 @@ def _tile(of_strip):
             builder.position_at_end(done)
             return context.get_dummy_value()
 
-        return types.void(i, i, i, i, a, i, i, p, i, ahead, init, i, c, i, below), codegen
+        return types.void(i, i, i, i, i, a, i, i, p, i, ahead, init, i, c, i, i), codegen
 
     return tile
 
@@ -228,28 +254,30 @@ _of_strip = _tile(of_strip=True)
 
 def _by_rows(dtype):
     i, p = types.intp, types.CPointer(dtype)
-    return types.void(i, i, i, i, p, i, i, p, i, p, p, i, p, i, p)
+    return types.void(i, i, i, i, i, p, i, i, p, i, p, p, i, p, i, i)
 
 
 def _by_strip(dtype):
     i, p = types.intp, types.CPointer(dtype)
-    return types.void(i, i, i, i, p, p, p, i, p, i, p)
+    return types.void(i, i, i, i, i, p, p, p, i, p, i, i)
 
 
 # Functions of their own, since they are most of the machine code of every kernel.
 
 
 @linked(_by_rows)
-def tile(
-    rows, cols, last, depth, a, a_row, fetch, p, p_step, ahead, init, init_row, c, c_row, below
+def tiles(
+    count, rows, cols, last, depth, a, a_row, fetch, p, p_step, ahead, init, init_row, c, c_row,
+    more,
 ):  # fmt: skip
     """See `_tile`: A by rows."""
     _of_rows(
-        rows, cols, last, depth, a, a_row, fetch, p, p_step, ahead, init, init_row, c, c_row, below
-    )
+        count, rows, cols, last, depth, a, a_row, fetch, p, p_step, ahead, init, init_row, c, c_row,
+        more,
+    )  # fmt: skip
 
 
 @linked(_by_strip)
-def tile_of_strip(rows, cols, last, depth, a, p, init, init_row, c, c_row, below):
+def tiles_of_strip(count, rows, cols, last, depth, a, p, init, init_row, c, c_row, more):
     """See `_tile`: A is a strip."""
-    _of_strip(rows, cols, last, depth, a, 1, 0, p, 0, p, init, init_row, c, c_row, below)
+    _of_strip(count, rows, cols, last, depth, a, 1, 0, p, 0, p, init, init_row, c, c_row, more)
