@@ -101,6 +101,8 @@ def for_kernel(array: np.ndarray, dtype: Any = None) -> np.ndarray:
     Kernels are compiled for writable arrays and never write into their inputs: a read-only array is
     lent as a writable view.
     """
+    if array.flags.carray and (dtype is None or array.dtype == dtype):
+        return array
     array = np.require(array, dtype, ["C", "A"])
     return array if array.flags.writeable else np.asarray(_Lent(array))
 
@@ -116,10 +118,10 @@ class _Lent:
 
 def check_shape(name: str, array: np.ndarray, shape: Sequence[int | None], names: str) -> None:
     """`shape` has None where any size from 1 will do; `names` is how it is written, (T, B, I)."""
-    fits = array.ndim == len(shape) and all(
-        found >= 1 if wanted is None else found == wanted
-        for found, wanted in zip(array.shape, shape, strict=True)
-    )
+    fits = array.ndim == len(shape)
+    # A generator would take longer than all else here.
+    for found, wanted in zip(array.shape, shape, strict=False):
+        fits = fits and (found >= 1 if wanted is None else found == wanted)
     if not fits:
         letters = names.strip("()").split(", ") if shape else []
         wanted = ", ".join(

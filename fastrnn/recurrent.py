@@ -91,8 +91,8 @@ class Recurrent(Module):
 
     # Vectors of the cell that are no parameters: a number for all units.
     _settings: tuple[float, ...] = ()
-    # What weights were packed to, by layer and side, where `params` do not change any more.
-    _packed: dict[tuple, dict] | None = None
+    # The weights of layers, with what they were packed to, where `params` do not change any more.
+    _fixed: dict[int, list[Weights]] | None = None
     # Whether it is made for its shapes only: see `_plan`.
     _planned = False
     # Whether it is part of a model that drops its output, too: see `_before_dropout`.
@@ -294,14 +294,16 @@ class Recurrent(Module):
 
         seed  draws which of weight_hh are dropped; None: none are
         """
+        fixed = self._fixed if arrays is self.params else None
+        if fixed is not None and layer in fixed:
+            return fixed[layer]
         found = [self._side(arrays, f"_l{layer}{end}") for end in self._ends]
-        if arrays is self.params:
-            if self._settings:
-                rows = [np.full((1, self.hidden_size), n, self.dtype) for n in self._settings]
-                found = [of._replace(v=[*(of.v or ()), *rows]) for of in found]
-            if self._packed is not None:
-                kept = (self._packed.setdefault((layer, side), {}) for side in range(len(found)))
-                found = [of._replace(packed=own) for of, own in zip(found, kept, strict=True)]
+        if arrays is self.params and self._settings:
+            rows = [np.full((1, self.hidden_size), n, self.dtype) for n in self._settings]
+            found = [of._replace(v=[*(of.v or ()), *rows]) for of in found]
+        if fixed is not None:
+            # Of two threads, one comes first.
+            return fixed.setdefault(layer, [of._replace(packed={}) for of in found])
         if self.weight_dropout and seed is not None:
             found = [
                 of._replace(h=drop_weights(of.h, self.weight_dropout, stream(seed, side)))
@@ -311,15 +313,17 @@ class Recurrent(Module):
 
     def _side(self, arrays: Mapping[str, np.ndarray], end: str) -> Weights:
         """Of the direction whose keys have this end."""
-        names = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
-        x, h, b_x, b_h = (arrays.get(name + end) for name in names)
-        vectors = [arrays.get(name + end) for name in _VECTORS]
-        if self.cell.normed:
-            # Biases come after gains.
-            vectors += b_x, b_h
-            b_x = b_h = None
-        rows = [value.reshape(-1, self.hidden_size) for value in vectors if value is not None]
-        return Weights(x, h, b_x, b_h, rows or None, arrays.get(f"weight_hr{end}"))  # type: ignore
+        x, h = arrays[f"weight_ih{end}"], arrays[f"weight_hh{end}"]
+        b_x, b_h = arrays.get(f"bias_ih{end}"), arrays.get(f"bias_hh{end}")
+        rows = None
+        if self.cell.trained or self.cell.normed:
+            vectors = [arrays.get(name + end) for name in _VECTORS]
+            if self.cell.normed:
+                # Biases come after gains.
+                vectors += b_x, b_h
+                b_x = b_h = None
+            rows = [value.reshape(-1, self.hidden_size) for value in vectors if value is not None]
+        return Weights(x, h, b_x, b_h, rows, arrays.get(f"weight_hr{end}"))
 
     def _noises(self, seed: int | None, drawing: Drawing) -> list[Noise | None]:
         """What acts on the states of a layer's directions; seed None: not in training."""
@@ -339,6 +343,12 @@ class Recurrent(Module):
         """The states of a layer's directions, from parts (layers * directions, B, H)."""
         count = len(self._ends)
         return [[part[layer * count + side] for part in states] for side in range(count)]
+
+    def _put_states(self, layer: int, states: list[np.ndarray], sides: list[Parts]) -> None:
+        """The opposite: those of a layer's directions into all layers'."""
+        for side, parts in enumerate(sides, layer * len(sides)):
+            for state, part in zip(states, parts, strict=True):
+                state[side] = part
 
     def __repr__(self) -> str:
         own = self.defaults()
@@ -469,7 +479,8 @@ class Recurrent(Module):
         budget_mb: float | None = None,
         look: bool = False,
     ) -> tuple[np.ndarray, State, Any, dict[str, np.ndarray]]:
-        self.check_params()
+        if self._fixed is None:
+            self.check_params()
         if vectors is not None:
             names = "(V, input_size)"
             vectors = as_floats("vectors", vectors, self.dtype, (None, self.input_size), names)
@@ -478,17 +489,16 @@ class Recurrent(Module):
         if training and tokens:
             # Backward writes where the tokens say: they must still be the ones that were checked.
             x = x.copy()
-        uneven = lengths is not None or resets is not None
-        given = axes.lengths(lengths), axes.resets(resets)
-        if budget_mb is not None:
-            took = taking(axes.steps, *given)
-            every = piece_within(
-                budget_mb, axes.steps, axes.batch, lambda every: self._bytes(took, every, tokens)
-            )
-        if uneven or (every is not None and every < axes.steps):
+        pieces = [even(axes.steps, axes.batch, 0)]
+        plain = lengths is None and resets is None and every is None and budget_mb is None
+        if not plain:
+            given = axes.lengths(lengths), axes.resets(resets)
+            if budget_mb is not None:
+                took = taking(axes.steps, *given)
+                every = piece_within(
+                    budget_mb, axes.steps, axes.batch, lambda every: self._bytes(took, every, tokens)
+                )
             pieces = cut(axes.steps, *given, every or axes.steps)
-        else:
-            pieces = [even(axes.steps, axes.batch, 0)]
         rows = x.reshape(axes.steps * axes.batch, *x.shape[2:])
         xs = Rows([piece.gather(rows) for piece in pieces], None)
         states = self._initial(state, axes)
@@ -510,7 +520,7 @@ class Recurrent(Module):
                 )
             xs = self._dropped(xs, pieces, seeds[0], drawing, self.input_dropout)
         saved: list[Made] = []
-        finals: list[Parts] = []
+        final = [np.empty_like(part) for part in states]
         gates: dict[str, np.ndarray] = {}
         for layer in range(self.num_layers):
             own = seeds[layer] if training else None
@@ -532,8 +542,7 @@ class Recurrent(Module):
                 gates |= self._inside(layer, made, axes, copied=training)
             if training:
                 saved.append(made)
-            finals += last
-        final = [np.array(parts) for parts in zip(*finals, strict=True)]
+            self._put_states(layer, final, last)
         result = None
         if training:
             learned = self.learned_state and state is None
@@ -725,9 +734,7 @@ class Recurrent(Module):
                     out[side].h[...] += drop_weights(
                         apart[side].h, self.weight_dropout, stream(seed, side)
                     )
-            for totals, parts in zip(self._states(layer, d_initial), firsts, strict=True):
-                for total, part in zip(totals, parts, strict=True):
-                    total[...] = part
+            self._put_states(layer, d_initial, firsts)
             p = self.dropout if layer else self.input_dropout
             if p and d_ys.parts:
                 locked, drawing = self.locked_dropout, saved.drawing
@@ -767,13 +774,13 @@ class Recurrent(Module):
     def _with_fixed_weights(self) -> Recurrent:
         """A copy whose weights stay what they are now."""
         fixed = copy.copy(self)
-        fixed.params, fixed._packed = self.state_dict(), {}
+        fixed.params, fixed._fixed = self.state_dict(), {}
         fixed.check_params()
         return fixed
 
     def __getstate__(self) -> dict[str, Any]:
         # How weights are packed depends on the machine, which a copy may leave.
-        return {**vars(self), "_packed": None if self._packed is None else {}}
+        return {**vars(self), "_fixed": None if self._fixed is None else {}}
 
     def _initial(self, state: State, axes: Axes, name: str = "state") -> list[np.ndarray]:
         """The parts of a state as arrays (layers, B, H), what it is by default for None."""

@@ -87,13 +87,12 @@ class Kept:
         return self.h[self.layout.columns :]
 
     def final(self, cell: Cell, size: int) -> list[np.ndarray]:
-        """The parts of the final state, (B, H) each."""
+        """The parts of the final state, (B, H) each; views, where they may be."""
         layout, hidden = self.layout, padded(size, self.h.dtype)
         # Without a tape there is but the latest of each column.
         rows = layout.last if len(self.carry) == len(self.h) else layout.final
         parts = [self.carry[rows, i * hidden : i * hidden + size] for i in range(cell.carries)]
-        # Copies: a view would keep all of the memory.
-        return [np.array(part) for part in (self.h[layout.last], *parts)]
+        return [self.h[layout.last], *parts]
 
     def inside(self, cell: Cell, size: int) -> dict[str, np.ndarray]:
         """Gates and further states of all steps, (N, H) each, by their names."""
@@ -181,10 +180,12 @@ def forward(
         chunk = max(1, min(layout.steps, chunk))
         if h is None:
             h = empty((columns + count, width), dtype)
-        h[:columns] = 0
+        if columns > layout.batch:
+            h[:columns] = 0
         h[layout.first] = layout.heard(state[0])
         carry = empty((columns + count if keep else columns, cell.carries * hidden), dtype)
-        carry[:columns] = 0
+        if columns > layout.batch or hidden > size:
+            carry[:columns] = 0
         for i, value in enumerate(state[1:]):
             carry[layout.first, i * hidden : i * hidden + size] = layout.heard(value)
         taped = count if keep else chunk * columns

@@ -176,6 +176,9 @@ def forward_layer(
         run = cell, weights, layouts, inputs, table, states, hs, noises
         done = forward(*run, keep=kept_on, most=most)
         states = [side.final(cell, size) for side in done]
+        if not whole or sides > 1:
+            # Views would keep memory that is of no use any more.
+            states = [[part.copy() for part in side] for side in states]
         for output, side in zip(outputs, done, strict=True):
             output.append(side.output)
         if kept_on:

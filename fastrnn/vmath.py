@@ -1,7 +1,8 @@
 """exp, sigmoid and tanh on `Vec`.
 
 All three rest on one reduction: x = n ln 2 + r with |r| <= ln(2)/2, and q(r) = e**r - 1 as the
-Taylor polynomial of degree 7 (float32) or 13 (float64), whose remainder is below half an ulp.
+Taylor polynomial of degree 7 (float32) or 13 (float64), whose remainder is below half an ulp, two terms at
+a time: half as many steps wait for each other.
 
 Largest error over all arguments, in units in the last place of the result (tested): exp 2,
 sigmoid 4, tanh 4. exp is zero below and inf above the range stated in `_RANGE`, sigmoid loses its
@@ -57,16 +58,20 @@ def _parts_overload(x):
         shifted = fma(x, _LOG2_E, shift)
         n = shifted - shift
         r = fma(n, -low, fma(n, -high, x))
-        p = fma(fma(fma(fma(fma(c[7], r, c[6]), r, c[5]), r, c[4]), r, c[3]), r, c[2])
-        return power_of_two(shifted), fma(p * r, r, r)
+        square = r * r
+        p = fma(fma(c[7], r, c[6]), square, fma(c[5], r, c[4]))
+        p = fma(p, square, fma(c[3], r, c[2]))
+        return power_of_two(shifted), fma(p, square, r)
 
     def double(x):
         shifted = fma(x, _LOG2_E, shift)
         n = shifted - shift
         r = fma(n, -low, fma(n, -high, x))
-        p = fma(fma(fma(fma(fma(c[13], r, c[12]), r, c[11]), r, c[10]), r, c[9]), r, c[8])
-        p = fma(fma(fma(fma(fma(fma(p, r, c[7]), r, c[6]), r, c[5]), r, c[4]), r, c[3]), r, c[2])
-        return power_of_two(shifted), fma(p * r, r, r)
+        square = r * r
+        p = fma(fma(c[13], r, c[12]), square, fma(c[11], r, c[10]))
+        p = fma(fma(p, square, fma(c[9], r, c[8])), square, fma(c[7], r, c[6]))
+        p = fma(fma(p, square, fma(c[5], r, c[4])), square, fma(c[3], r, c[2]))
+        return power_of_two(shifted), fma(p, square, r)
 
     return single if bits == 32 else double
 

@@ -44,7 +44,7 @@ def test_every_way_of_running(kind, dtype, count, rng, threads, monkeypatch):
             vectors *= 2
         state = layer(x)[1]
         same(run(x, state), layer(x, state))
-    found = {apart for packed in run._copy._packed.values() for _, apart in packed}
+    found = {apart for layers in run._copy._fixed.values() for of in layers for _, apart in of.packed}
     shares = count > 1 and not (layer.cell.projected or layer.cell.normed)
     assert found == ({False, True} if shares else {False})
 
@@ -91,8 +91,8 @@ def test_weights_are_packed_once(rng, monkeypatch):
 def through_a_file(run):
     other = pickle.loads(pickle.dumps(run))
     # Another machine may pack in another way.
-    assert run._copy._packed
-    assert other._copy._packed == {}
+    assert run._copy._fixed
+    assert other._copy._fixed == {}
     return other
 
 
