@@ -33,6 +33,8 @@ _STOLEN, _TICKS, _TRIES = 0.02, 2, 4
 # How long the speed of the processors is looked at, which share of what it was they are to have,
 # and how often and after how many seconds a round is timed again where they have not.
 _GLANCE, _WHOLE, _WAITS, _PAUSE = 0.01, 0.8, 4, 0.3
+# For how long nobody may use a processor before a round, and how often that is looked at.
+_QUIET, _LOOKS = 0.03, 10
 
 
 class Process:
@@ -132,6 +134,19 @@ def _ticks() -> tuple[int, int] | None:
         return None
 
 
+def settle() -> None:
+    """Wait until the threads of the one before have stopped to spin, a third of a second at most.
+
+    Some do for 60 ms after a call, and take a processor from whoever is timed next.
+    """
+    for _ in range(_LOOKS):
+        before = _ticks()
+        time.sleep(_QUIET)
+        after = _ticks()
+        if before is not None and after is not None and after[1] - before[1] < _TICKS:
+            break
+
+
 def start_worker(
     contestant: Contestant, pythons: dict[str, str], threads: int, **more: str
 ) -> Process:
@@ -180,6 +195,7 @@ class Clock:
         self._fastest: dict[str, float] = {}
 
     def _ask(self, what: str, seconds: float, dtype: str) -> dict[str, Any]:
+        settle()
         answer = self._machine.ask(do=what, seconds=seconds, dtype=dtype)
         if "failed" in answer:
             raise RuntimeError(f"bench.machine: {answer['failed']}")
@@ -204,8 +220,7 @@ class Clock:
         best: dict[str, Any] = {}
         for _ in range(_WAITS):
             before = self.whole(dtype)
-            # The threads of the one before may still spin.
-            time.sleep(0.05)
+            settle()
             answer = calm(process, seconds)
             if "failed" in answer:
                 return answer
@@ -270,6 +285,7 @@ class Race:
             for one in list(itertools.islice(itertools.cycle(racing), turn, turn + len(racing))):
                 process = self._processes[one]
                 if one.busy:
+                    settle()
                     # Where one processor is another's, the machine is not whole.
                     with _busy(one.busy):
                         answer = calm(process, self.seconds) | {"whole": None}

@@ -186,6 +186,22 @@ def test_where_nobody_knows_a_round_is_timed_once(monkeypatch):
     assert runner.calm(process, 0.5) == {"times": [1], "stolen": None}
 
 
+def test_a_round_begins_when_the_others_are_quiet(monkeypatch):
+    slept = []
+    monkeypatch.setattr(runner.time, "sleep", slept.append)
+    lose(monkeypatch, (0, 6), (3, 2), (5, 1), (0, 9))
+    runner.settle()
+    assert slept == [runner._QUIET] * 3
+    # Somebody never is, or nobody knows.
+    for reads in ([(0, 2)] * 20, None):
+        slept.clear()
+        lose(monkeypatch, *(reads or ()))
+        if reads is None:
+            monkeypatch.setattr(runner, "_ticks", lambda: None)
+        runner.settle()
+        assert slept == [runner._QUIET] * runner._LOOKS
+
+
 class Machine:
     """A process that comes to these speeds, one after the other."""
 
