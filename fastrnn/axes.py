@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,6 +89,7 @@ class Axes(NamedTuple):
         return as_places("sequences", array.reshape(-1) if self.unbatched else array, self.batch)
 
 
+@functools.cache
 def _names(first: bool, unbatched: bool, *rest: str) -> str:
     if unbatched:
         return f"({', '.join(('T', *rest))})"

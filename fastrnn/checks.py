@@ -120,8 +120,8 @@ def check_shape(name: str, array: np.ndarray, shape: Sequence[int | None], names
     """`shape` has None where any size from 1 will do; `names` is how it is written, (T, B, I)."""
     fits = array.ndim == len(shape)
     # A generator would take longer than all else here.
-    for found, wanted in zip(array.shape, shape, strict=False):
-        fits = fits and (found >= 1 if wanted is None else found == wanted)
+    for found, size in zip(array.shape, shape, strict=False):
+        fits = fits and (found >= 1 if size is None else found == size)
     if not fits:
         letters = names.strip("()").split(", ") if shape else []
         wanted = ", ".join(

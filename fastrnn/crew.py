@@ -25,6 +25,7 @@ from numba.core.callconv import RETCODE_NONE, RETCODE_OK
 
 from fastrnn.atomic import look, moment, rest, say, swap
 from fastrnn.jit import helper, intrinsic, kernel
+from fastrnn.memory import address_of
 
 # Lines of the cache come in pairs.
 SLOT = 16
@@ -41,20 +42,21 @@ _LINGER = 20000
 def new_slot() -> np.ndarray:
     """A slot in cache lines of its own."""
     raw = np.zeros(2 * SLOT, np.int64)
-    skip = -raw.ctypes.data % (SLOT * raw.itemsize) // raw.itemsize
+    skip = -address_of(raw) % (SLOT * raw.itemsize) // raw.itemsize
     return raw[skip : skip + SLOT]
 
 
-def new_team(slots: list[np.ndarray], dismiss: int) -> np.ndarray:
-    """A team of threads; dismiss: address of the number that is set to 1 if one fails, or 0.
+def new_team(slots: list[np.ndarray], dismiss: np.ndarray | None) -> np.ndarray:
+    """A team of threads; dismiss: whose first number is set to 1 if one fails.
 
-    Who calls a kernel with it must hold on to the slots.
+    Who calls a kernel with it must hold on to both.
     """
-    return np.array([len(slots), dismiss, 0, 0, *(slot.ctypes.data for slot in slots)], np.int64)
+    told = 0 if dismiss is None else address_of(dismiss)
+    return np.array([len(slots), told, 0, 0, *map(address_of, slots)], np.int64)
 
 
 def divides(function: object) -> bool:
-    """Whether a kernel takes a team, `-team.ctypes.data`, for a part."""
+    """Whether a kernel takes a team, `-address_of(team)`, for a part."""
     code = getattr(getattr(function, "py_func", None), "__code__", None)
     return code is not None and divided.__name__ in code.co_names
 
@@ -220,7 +222,7 @@ def _outlined(builder, data):
 def divided(typingctx, part, parts):
     """Whether a team has done all parts of the kernel that begins with this, or only one is to do.
 
-    `part` is then `-team.ctypes.data`. If a part fails, the kernel fails.
+    `part` is then `-address_of(team)`. If a part fails, the kernel fails.
     """
     called = types.Dispatcher(_divide)
     call = called.get_call_type(typingctx, (types.intp,) * 4, {})

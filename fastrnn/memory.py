@@ -56,11 +56,14 @@ class _Block(np.ndarray):
                 _lock.release()
 
 
+def address_of(array: np.ndarray) -> int:
+    """Where a contiguous, writable array begins: what `array.ctypes` tells, four times as fast."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
+
+
 def _start(raw: np.ndarray) -> int:
     """Where in `raw` the first register boundary is."""
-    # The quickest way that there is.
-    address = ctypes.addressof(ctypes.c_char.from_buffer(raw))  # type: ignore[arg-type]
-    return -address % ALIGNMENT
+    return -address_of(raw) % ALIGNMENT
 
 
 def fitting(sizes: Iterable[int], size: int) -> int | None:

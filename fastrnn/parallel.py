@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from fastrnn import crew
+from fastrnn.memory import address_of
 
 # Multiply-adds below which calling a thread costs more than it saves, and how many of them reading
 # and writing an element lasts.
@@ -246,9 +247,8 @@ def launch(
         if crew.divides(function):
             for thread in threads:
                 thread.wake()
-            told = 0 if dismiss is None else dismiss.ctypes.data
-            team = crew.new_team([thread.slot for thread in threads], told)
-            function(-team.ctypes.data, parts, *arguments)
+            team = crew.new_team([thread.slot for thread in threads], dismiss)
+            function(-address_of(team), parts, *arguments)
         else:
             for thread in threads:
                 tasks.append(_Task(function, (len(tasks) + 1, parts, *arguments), done, dismiss))

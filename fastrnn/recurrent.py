@@ -11,6 +11,7 @@ batch, or by `first_step` and `sequences`.)
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import warnings
@@ -251,12 +252,12 @@ class Recurrent(Module):
                 shapes[f"{name}_0"] = (units,)
         return shapes
 
-    @property
+    @functools.cached_property
     def state_names(self) -> tuple[str, ...]:
         """What a state consists of."""
         return ("h", *self.cell.carry_names)
 
-    @property
+    @functools.cached_property
     def state_sizes(self) -> tuple[int, ...]:
         """Units of its parts: all H, with a projection that of h is less."""
         return (self.proj_size or self.hidden_size, *[self.hidden_size] * self.cell.carries)
@@ -267,12 +268,12 @@ class Recurrent(Module):
         self.check_params()
         return self._state_out(self._initial(None, axes), False)
 
-    @property
+    @functools.cached_property
     def _ends(self) -> tuple[str, ...]:
         """What keys of a layer's directions end in."""
         return ("", "_reverse") if self.bidirectional else ("",)
 
-    @property
+    @functools.cached_property
     def output_size(self) -> int:
         """Units of the output: those of h, or of both directions' side by side twice as many."""
         joined = self.bidirectional and self.merge == "concat"
@@ -489,15 +490,12 @@ class Recurrent(Module):
         if training and tokens:
             # Backward writes where the tokens say: they must still be the ones that were checked.
             x = x.copy()
-        pieces = [even(axes.steps, axes.batch, 0)]
-        plain = lengths is None and resets is None and every is None and budget_mb is None
-        if not plain:
+        if lengths is None and resets is None and every is None and budget_mb is None:
+            pieces = [even(axes.steps, axes.batch, 0)]
+        else:
             given = axes.lengths(lengths), axes.resets(resets)
             if budget_mb is not None:
-                took = taking(axes.steps, *given)
-                every = piece_within(
-                    budget_mb, axes.steps, axes.batch, lambda every: self._bytes(took, every, tokens)
-                )
+                every = self._piece_within(budget_mb, taking(axes.steps, *given), tokens)
             pieces = cut(axes.steps, *given, every or axes.steps)
         rows = x.reshape(axes.steps * axes.batch, *x.shape[2:])
         xs = Rows([piece.gather(rows) for piece in pieces], None)
@@ -520,7 +518,7 @@ class Recurrent(Module):
                 )
             xs = self._dropped(xs, pieces, seeds[0], drawing, self.input_dropout)
         saved: list[Made] = []
-        final = [np.empty_like(part) for part in states]
+        final = [np.empty(part.shape, self.dtype) for part in states]
         gates: dict[str, np.ndarray] = {}
         for layer in range(self.num_layers):
             own = seeds[layer] if training else None
@@ -550,8 +548,9 @@ class Recurrent(Module):
             result = Saved(kind, saved, pieces, vectors, seeds, drawing, axes, learned)
         output = as_outside(pieces, xs, axes.steps)
         output = axes.outward(output.reshape(axes.steps, axes.batch, self.output_size))
-        # Backward reads the same memory.
-        output.flags.writeable = not training
+        if training:
+            # Backward reads the same memory.
+            output.flags.writeable = False
         return output, self._state_out(final, axes.unbatched), result, gates
 
     @property
@@ -617,6 +616,11 @@ class Recurrent(Module):
         axes = Axes(steps, batch, self.batch_first, False)
         took = taking(steps, axes.lengths(lengths), axes.resets(resets))
         return self._bytes(took, every, bool(tokens), flow=bool(return_flow))
+
+    def _piece_within(self, budget_mb: float, took: Taking, tokens: bool) -> int | None:
+        """Steps of a piece, see `forward`; None: all."""
+        steps = len(took.steps)
+        return piece_within(budget_mb, steps, took.batch, lambda n: self._bytes(took, n, tokens))
 
     def _bytes(self, took: Taking, every: int | None, tokens: bool, *, flow: bool = False) -> int:
         """See `training_bytes`."""
@@ -693,7 +697,7 @@ class Recurrent(Module):
             d_y = d_y.reshape(steps * batch, self.output_size)
             d_ys = Rows([d_y] * len(pieces), None, outside=True)
         layers = saved.take(retain)
-        d_initial = [np.empty_like(s) for s in d_states]
+        d_initial = [np.empty(part.shape, self.dtype) for part in d_states]
         d_table: np.ndarray | None = None
         count = len(self._ends)
         flow = None

@@ -164,8 +164,7 @@ def forward(
     hidden = padded(size, dtype)
     tokens = xs[0].dtype == np.int32
     inputs = 0 if tokens else weights[0].x.shape[1]
-    count = sum(layout.count for layout in layouts)
-    work = count * cell.gates * hidden * (width + inputs)
+    work = layouts[0].count * len(layouts) * cell.gates * hidden * (width + inputs)
     meet, parts = _sharing(cell, layouts, weights[0], work)
     row = cell.tape * hidden
     done, calls = [], []
@@ -221,8 +220,9 @@ def backward(
     rows, width = weights[0].h.shape
     size, dtype = rows // cell.gates, weights[0].h.dtype
     hidden, wide = padded(size, dtype), padded(width, dtype)
-    work = sum(side.layout.count for side in kept) * cell.gates * hidden * width
-    meet, parts = _sharing(cell, [side.layout for side in kept], weights[0], work)
+    layouts = [side.layout for side in kept]
+    work = layouts[0].count * len(layouts) * cell.gates * hidden * width
+    meet, parts = _sharing(cell, layouts, weights[0], work)
     calls, states, projected, flows = [], [], [], []
     for of, side, d_y, last in zip(weights, kept, d_ys, d_last, strict=True):
         layout = side.layout

@@ -1,8 +1,8 @@
 """exp, sigmoid and tanh on `Vec`.
 
 All three rest on one reduction: x = n ln 2 + r with |r| <= ln(2)/2, and q(r) = e**r - 1 as the
-Taylor polynomial of degree 7 (float32) or 13 (float64), whose remainder is below half an ulp, two terms at
-a time: half as many steps wait for each other.
+Taylor polynomial of degree 7 (float32) or 13 (float64), whose remainder is below half an ulp. Its
+terms are taken two at a time: half as many operations wait for one another.
 
 Largest error over all arguments, in units in the last place of the result (tested): exp 2,
 sigmoid 4, tanh 4. exp is zero below and inf above the range stated in `_RANGE`, sigmoid loses its

@@ -44,7 +44,8 @@ def test_every_way_of_running(kind, dtype, count, rng, threads, monkeypatch):
             vectors *= 2
         state = layer(x)[1]
         same(run(x, state), layer(x, state))
-    found = {apart for layers in run._copy._fixed.values() for of in layers for _, apart in of.packed}
+    sides = [side for layer_sides in run._copy._fixed.values() for side in layer_sides]
+    found = {apart for side in sides for _, apart in side.packed}
     shares = count > 1 and not (layer.cell.projected or layer.cell.normed)
     assert found == ({False, True} if shares else {False})
 
